@@ -1,0 +1,188 @@
+"""The command line: `gvjax compare`, `run`, `sample`, `eval`, `verify`."""
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+OK, FAILED, CONFIG_ERROR, CRASHED, PREEMPTED = 0, 1, 64, 70, 85
+
+_DESCRIPTION = """\
+gvjax takes one preference dataset down both roads of fine-tuning and says, with error bars, which road pays.
+
+  gvjax compare configs/quickstart.yaml      both roads on one task, several seeds, one report
+  gvjax run configs/tour/sft.yaml seed=3     one recipe
+  gvjax verify                               prove the losses and the theory on this machine
+"""
+
+_OVERRIDES = """\
+Overrides change single fields: dotted keys, values as in YAML.
+
+  gvjax {verb} CONFIG seed=3 settings.optimizer.learning_rate=1e-4
+"""
+
+
+_SAMPLE_EXAMPLE = """\
+  gvjax sample runs/tour/sft                 one completion of five prompts
+  gvjax sample runs/tour/rloo -n 3 -k 4      four of three, to see how alike they are
+  gvjax sample runs/tour/rloo -t 0           the likeliest ones
+"""
+
+_EVAL_EXAMPLE = """\
+  gvjax eval runs/tour/rloo --prompts 2000   narrower intervals
+  gvjax eval runs/tour/reward                how well it predicts labels
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0 done, 1 a check failed, 64 the config is wrong, 70 a crash, 85 preempted.
+
+    As one of several processes it does not return after an error: it ends the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["verify"]:
+        # It has its own parser, with the checks in its help.
+        from gvjax import verify
+
+        return verify.main(arguments[1:])
+    parsed = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO if parsed.verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    from gvjax import commands, distributed
+
+    code = _done(commands, parsed)
+    if distributed.joined() and code not in (OK, PREEMPTED):
+        # At once: the others may be waiting for this process in a collective.
+        distributed.exit_with(code)
+    return code
+
+
+def _done(commands, parsed: argparse.Namespace) -> int:
+    """The exit code of a command, errors said on stderr."""
+    from gvjax import checkpoint, config
+
+    try:
+        return getattr(commands, parsed.verb)(parsed)
+    except (config.ConfigError, checkpoint.ConfigMismatch) as error:
+        print(f"gvjax {parsed.verb}: {error}", file=sys.stderr)
+        return CONFIG_ERROR
+    except commands.EXPECTED as error:
+        print(f"gvjax {parsed.verb}: {error}", file=sys.stderr)
+        return CRASHED
+    except Exception:
+        traceback.print_exc()
+        return CRASHED
+    except KeyboardInterrupt:
+        print(
+            "\nstopped; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return number
+
+
+_seed, _count, _prompts = _at_least(0), _at_least(1), _at_least(2)
+
+
+def _temperature(text: str) -> float:
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="gvjax", description=_DESCRIPTION, formatter_class=raw
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+
+    def verb(name: str, summary: str, what: str, more: str = ""):
+        made = verbs.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.\n\n{what}",
+            epilog=more,
+            formatter_class=raw,
+        )
+        made.add_argument("-v", "--verbose", action="store_true", help="log more")
+        return made
+
+    def overrides(made, name: str):
+        made.add_argument("config", metavar="CONFIG", help="a YAML file")
+        made.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="changes to it"
+        )
+        made.epilog = _OVERRIDES.format(verb=name)
+
+    compare = verb(
+        "compare",
+        "take one task down both roads and report which pays",
+        "Trains every arm of the study for every seed, from the same SFT policy and the same pairs, and writes\n"
+        "results.json and report.html to its run_dir. An interrupted study goes on where it was with the same\n"
+        "command; an edited one re-uses every stage that the edit does not touch.",
+    )
+    overrides(compare, "compare")
+    run = verb(
+        "run",
+        "run one recipe",
+        "Recipes: sft, reward, dpo, hypo, online_dpo, policy_gradient, ppo, rebel, rejection, best_of_n.\n"
+        "Checkpoints, metrics.jsonl and TensorBoard files go to run_dir; the same command resumes. After SIGTERM it\n"
+        "checkpoints and leaves with code 85. With GVJAX_COORDINATOR, GVJAX_NUM_PROCESSES and GVJAX_PROCESS_ID set (or\n"
+        "under SkyPilot, Slurm, MPI, Cloud TPU) several processes train one model.",
+    )
+    overrides(run, "run")
+    sample = verb(
+        "sample",
+        "show completions of a policy that `run` made",
+        "Draws completions of test prompts and prints them with their gold rewards.",
+        _SAMPLE_EXAMPLE,
+    )
+    sample.add_argument("run_dir", metavar="RUN_DIR", help="of a finished run")
+    sample.add_argument(
+        "-n", "--prompts", type=_count, default=5, help="how many prompts"
+    )
+    sample.add_argument(
+        "-k", "--samples", type=_count, default=1, help="completions of each"
+    )
+    sample.add_argument(
+        "-t",
+        "--temperature",
+        type=_temperature,
+        default=1.0,
+        help="0 takes the likeliest",
+    )
+    sample.add_argument("--seed", type=_seed, default=0, help="of the draws")
+    evaluate = verb(
+        "eval",
+        "judge a policy or reward model that `run` made",
+        "Policies: gold reward, KL to the starting policy and length on test prompts, with intervals. Reward models:\n"
+        "likelihood, accuracy and calibration on held-out pairs.",
+        _EVAL_EXAMPLE,
+    )
+    evaluate.add_argument("run_dir", metavar="RUN_DIR", help="of a finished run")
+    evaluate.add_argument(
+        "--prompts", type=_prompts, default=600, help="how many prompts"
+    )
+    evaluate.add_argument("--seed", type=_seed, default=0, help="of the draws")
+    verbs.add_parser(
+        "verify",
+        help="prove the losses and the theory on this machine",
+        add_help=False,
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

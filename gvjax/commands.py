@@ -1,0 +1,153 @@
+"""What the verbs of the command line do."""
+
+import argparse
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from scipy import special
+
+from gvjax import config, distributed
+from gvjax.checkpoint import CheckpointError
+from gvjax.gap import statistics
+from gvjax.gap.compare import compare as compare_roads
+from gvjax.gap.stages import BusyError, StageError
+from gvjax.judges.verifier import VerifierError
+from gvjax.recipes import reward, single
+from gvjax.recipes.checks import SelfCheckError
+from gvjax.recipes.evaluation import evaluate_margins
+from gvjax.recipes.ground import role_rng
+from gvjax.recipes.loop import NonFiniteError, PreemptedError
+
+EXPECTED = (
+    BusyError,
+    CheckpointError,
+    NonFiniteError,
+    SelfCheckError,
+    StageError,
+    VerifierError,
+)
+"""Errors whose message says all; a traceback would hide it."""
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Both roads on one task."""
+    settings = config.load(arguments.config, arguments.overrides)
+    if not isinstance(settings, config.StudyConfig):
+        raise config.ConfigError(
+            f"{arguments.config} describes one recipe; run it with `gvjax run`"
+        )
+    compare_roads(settings, Console())
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """One recipe, by as many processes as the environment promises."""
+    settings = config.load(arguments.config, arguments.overrides)
+    if not isinstance(settings, config.RunConfig):
+        raise config.ConfigError(
+            f"{arguments.config} describes a study; run it with `gvjax compare`"
+        )
+    # Only now: a wrong config needs no device, and no other process.
+    distributed.initialize()
+    try:
+        distributed.assert_same_on_all_hosts(config.config_hash(settings))
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from None
+    console = Console(quiet=jax.process_index() != 0)
+    bar = Progress(
+        TextColumn(settings.settings.recipe),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        row = bar.add_task("run", total=None, numbers="")
+
+        def progress(done, total, shown):
+            numbers = "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
+            bar.update(row, completed=done, total=total, numbers=numbers)
+            if not console.is_terminal and (done % 100 == 0 or done == total):
+                console.print(f"{done}/{total}  {numbers}", highlight=False)
+
+        try:
+            result = single.run(settings, progress=progress, show=console.print)
+        except PreemptedError as preempted:
+            console.print(str(preempted), highlight=False)
+            return distributed.ExitCode.PREEMPTED
+    shown = {name: value for name, value in result.items() if name != "curve"}
+    console.print("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+    console.print(f"kept in {settings.run_dir}", highlight=False)
+    return 0
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    """Shows completions of a policy."""
+    done = single.finished(arguments.run_dir)
+    rng = role_rng(arguments.seed, "shown prompts")
+    prompts = done.task.prompts(rng, arguments.prompts, "test")
+    table = Table("prompt", "completion", "gold")
+    for prompt, completion, gold in single.samples(
+        done.ground,
+        done.task,
+        done.policy(),
+        prompts,
+        seed=arguments.seed,
+        num_samples=arguments.samples,
+        temperature=arguments.temperature,
+    ):
+        table.add_row(prompt, completion, f"{gold:.2f}")
+    Console().print(table)
+    return 0
+
+
+def eval(arguments: argparse.Namespace) -> int:
+    """Judges a policy or a reward model."""
+    done = single.finished(arguments.run_dir)
+    table = Table("quantity", "value", "95% interval")
+    section = done.settings.settings
+    if isinstance(section, config.RewardSection):
+        pairs = single.heldout_pairs(done, arguments.prompts, arguments.seed)
+        params = done.reward_model().params
+        margins = reward.reward_margins(done.ground, section, params, pairs)
+        found = evaluate_margins(margins, pairs.chosen_gold - pairs.rejected_gold)
+        right = np.where(margins == 0, 0.5, margins > 0)
+        log_likelihoods = statistics.pair_log_likelihoods(margins)
+        _add_mean(table, "log-likelihood of labels, nats", log_likelihoods)
+        _add_mean(table, "accuracy on labels", right)
+        table.add_row("accuracy on gold order", f"{found.gold_accuracy:.3f}", "")
+        # Each pair in both orders: with labels that are all 1, only one side of ½ would be tested.
+        error = statistics.expected_calibration_error(
+            special.expit(np.concatenate([margins, -margins])),
+            np.repeat([1.0, 0.0], len(margins)),
+        )
+        table.add_row("expected calibration error", f"{error:.3f}", "")
+    else:
+        judged, _ = single.judge(done, prompts=arguments.prompts, seed=arguments.seed)
+        _add_mean(table, "gold reward", judged.gold)
+        _add_mean(table, "KL to the starting policy, nats", judged.kl)
+        _add_mean(table, "length, tokens", judged.completions.lengths)
+    Console().print(table)
+    return 0
+
+
+def _add_mean(table: Table, name: str, values) -> None:
+    """One row: the mean over prompts, with what the choice of prompts leaves open (one training seed says no more)."""
+    # The sum turns a rounded −0 into 0.
+    mean = round(float(np.mean(values)), 3) + 0.0
+    half = 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    table.add_row(name, f"{mean:.3f}", f"{mean - half:.3f} to {mean + half:.3f}")

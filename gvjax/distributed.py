@@ -1,0 +1,524 @@
+"""Many processes that start together, notice each other's death, and end with a code a supervisor can act on.
+
+The contract with whatever starts the processes (`launch/`, Slurm, a JobSet, a shell):
+
+    code  meaning                                            supervisor
+    0     done                                               nothing
+    64    user or configuration error                        never restart
+    70    crash                                              restart, counted
+    71    hang: no step within the watchdog's limit          restart, counted
+    85    checkpointed after a preemption notice (SIGTERM)   restart, not counted
+
+    134, 137 and 143 are a peer's or the host's death (restart, counted). The first non-zero code ends the group: SIGTERM,
+    a grace period, SIGKILL. SIGTERM alone does not end a process that has called `initialize`: it is the preemption
+    notice, and the loop answers it at the next step.
+
+A run calls `initialize` first of all, `assert_same_on_all_hosts` before its first step, `Watchdog.beat` and
+`preemption_requested` at every step, and leaves by `exit_with`.
+"""
+
+import atexit
+import collections
+import contextlib
+import dataclasses
+import enum
+import faulthandler
+import hashlib
+import json
+import logging
+import os
+import secrets
+import selectors
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+logger = logging.getLogger(__name__)
+
+
+class ExitCode(enum.IntEnum):
+    """What a process' end means; see the module."""
+
+    DONE = 0
+    USER_ERROR = 64
+    CRASH = 70
+    HANG = 71
+    PREEMPTED = 85
+
+
+SKYPILOT_PORT = 8476
+"""Where process 0 listens when only the nodes' addresses are known."""
+
+CONNECT_TIMEOUT_S = 10.0
+"""How long the processes may take to open their lifelines once all have arrived."""
+
+_preempted = threading.Event()
+_lifelines: dict[int, socket.socket] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cluster:
+    """Where this process stands; None where unknown."""
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    local_device_ids: Sequence[int] | None = None,
+    heartbeat_timeout_s: int = 30,
+    shutdown_timeout_s: int = 60,
+    initialization_timeout_s: int = 120,
+) -> None:
+    """Joins this process to the others; call it before anything else touches jax. Calling it twice is harmless.
+
+    Who takes part is taken from the first that says: the arguments; GVJAX_COORDINATOR, GVJAX_NUM_PROCESSES and
+    GVJAX_PROCESS_ID; SkyPilot's SKYPILOT_NODE_IPS, SKYPILOT_NUM_NODES and SKYPILOT_NODE_RANK; what jax detects (Cloud
+    TPU, Slurm, MPI). Where nobody promises more than one process, this one runs alone.
+
+    With several processes an uncaught exception ends this one at once with code 70, so that the others do not wait for
+    it at a barrier; and every process holds a socket to process 0, whose end ends the others too, with code 70: a
+    collective may wait for a dead peer until the heartbeat's timeout and beyond. Alone, SIGTERM is made a preemption notice as well (a second one kills).
+
+    Args:
+      coordinator: "host:port" of process 0.
+      num_processes: >= 1.
+      process_id: in [0, num_processes).
+      local_device_ids: the devices of this host that are this process'; all by default.
+      heartbeat_timeout_s: after how long a silent process counts as dead, and all the others end.
+      shutdown_timeout_s: how long a finished process waits for the others to finish.
+      initialization_timeout_s: how long to wait for all to arrive.
+
+    Raises:
+      ValueError: the sources contradict themselves or leave something out.
+      RuntimeError: several processes were promised and this one would run alone.
+    """
+    if jax.distributed.is_initialized():
+        return
+    cluster, source = _resolve(
+        _Cluster(coordinator, num_processes, process_id), os.environ
+    )
+    promised = cluster.num_processes or _detected_size(os.environ)
+    timeouts: dict[str, Any] = {
+        "heartbeat_timeout_seconds": heartbeat_timeout_s,
+        "shutdown_timeout_seconds": shutdown_timeout_s,
+        "initialization_timeout": initialization_timeout_s,
+    }
+    if cluster.coordinator is not None and cluster.num_processes != 1:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.num_processes,
+            cluster.process_id,
+            local_device_ids=local_device_ids,
+            # All is known: a half-configured Slurm or MPI around us must not fill in anything.
+            cluster_detection_method="deactivate",
+            **timeouts,
+        )
+    elif cluster.num_processes is None:
+        source = "jax"
+        try:
+            jax.distributed.initialize(local_device_ids=local_device_ids, **timeouts)
+        except (ValueError, RuntimeError) as error:
+            # Nothing was detected, or (in a notebook, in a test) jax is in use already. Alone is right then, unless
+            # somebody counts on more of us: N independent runs would all write into one directory.
+            in_use = isinstance(error, RuntimeError) and jax.default_backend() == "tpu"
+            if promised > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ or in_use:
+                raise RuntimeError(
+                    f"this process was started as one of several, but cannot join them: {error} Call "
+                    "gvjax.distributed.initialize() before any other use of jax, or set GVJAX_COORDINATOR, "
+                    "GVJAX_NUM_PROCESSES and GVJAX_PROCESS_ID"
+                ) from error
+            source = "nobody promises more"
+    expected = cluster.num_processes or jax.process_count()
+    if jax.process_count() != expected or jax.process_count() == 1 < promised:
+        raise RuntimeError(
+            f"{promised} processes were promised by {source}, but jax sees {jax.process_count()}"
+        )
+    if jax.process_count() > 1:
+        sys.excepthook = _crash
+        _open_lifelines(cluster.coordinator, heartbeat_timeout_s)
+    elif (
+        not jax.distributed.is_initialized()
+        and threading.current_thread() is threading.main_thread()
+    ):
+        signal.signal(signal.SIGTERM, _on_sigterm)
+    logger.info(
+        "process %d of %d (by %s) on %s, pid %d, coordinator %s, %d of %d %s devices",
+        jax.process_index(),
+        jax.process_count(),
+        source,
+        socket.gethostname(),
+        os.getpid(),
+        cluster.coordinator,
+        jax.local_device_count(),
+        jax.device_count(),
+        jax.default_backend(),
+    )
+
+
+def joined() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized()
+
+
+def assert_same_on_all_hosts(config_hash: str, batch_digest: str = "") -> None:
+    """ValueError unless every process has the same config and the same first batch. Call before the first step.
+
+    Nothing else would say so: an array that is replicated over processes may silently hold different data on each.
+    """
+    for name, value in (("config", config_hash), ("first batch", batch_digest)):
+        digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+        if jax.process_count() == 1:
+            continue
+        digests = multihost_utils.process_allgather(digest)
+        others = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
+        if others:
+            raise ValueError(
+                f"the {name} differs between processes: {others} have another than process 0; start all with the same "
+                f"command, files and versions (here, process {jax.process_index()}: {value})"
+            )
+
+
+def batch_digest(batch: Any) -> str:
+    """SHA-256, in hex, of a batch's host arrays with their paths, shapes and dtypes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        array = np.ascontiguousarray(leaf)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        digest.update(f"{name} {array.dtype} {np.shape(leaf)}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def preemption_requested(step: int) -> bool:
+    """Whether to checkpoint and stop after this step. Call at every step, with the same numbers on every process.
+
+    A SIGTERM to any one process makes this True on all of them at one and the same step, a step or two later. Alone,
+    it is True from the SIGTERM on.
+    """
+    if jax.distributed.is_initialized():
+        return multihost_utils.reached_preemption_sync_point(step)
+    return _preempted.is_set()
+
+
+def exit_with(code: int) -> NoReturn:
+    """Ends this process with a code of the contract.
+
+    After success and after a preemption the usual way, waiting for the other processes; after an error at once, since
+    they may be waiting for this one in a collective.
+    """
+    _flush()
+    if jax.distributed.is_initialized() and code not in (
+        ExitCode.DONE,
+        ExitCode.PREEMPTED,
+    ):
+        os._exit(code)
+    sys.exit(int(code))
+
+
+class Watchdog:
+    """Ends the process with code 71, and every thread's stack on stderr, when steps stop coming.
+
+    Heartbeats between processes cannot see this: they come from a thread of their own and go on while Python is stuck
+    in a data loader. Use as a context manager around the loop:
+
+        with Watchdog() as watchdog:
+            for step in ...:
+                ...
+                watchdog.beat(step)
+
+    Args:
+      floor_s: the limit is never below this many seconds.
+      factor: the limit is this many times the median time of the last steps, if that is more.
+      first_s: the limit until the second beat: the first step contains the compilation.
+    """
+
+    def __init__(
+        self, *, floor_s: float = 600.0, factor: float = 10.0, first_s: float = 3600.0
+    ):
+        for name, value in (
+            ("floor_s", floor_s),
+            ("factor", factor),
+            ("first_s", first_s),
+        ):
+            if value <= 0:
+                raise ValueError(f"{name} {value} must be greater than 0")
+        self._floor_s = floor_s
+        self._factor = factor
+        self._first_s = first_s
+        self._durations: collections.deque[float] = collections.deque(maxlen=101)
+        self._step: int | None = None
+        self._last = time.monotonic()
+        self._paused = 0
+        self._untimed = True
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Watchdog":
+        self._last = time.monotonic()
+        self._thread = threading.Thread(
+            target=self._watch, name="watchdog", daemon=True
+        )
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def beat(self, step: int) -> None:
+        """Says that a step has finished."""
+        now = time.monotonic()
+        # The interval that held the start, or a pause, says nothing about how long a step takes.
+        if not self._untimed:
+            self._durations.append(now - self._last)
+        self._step, self._last, self._untimed = step, now, False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While inside, no limit holds: an evaluation, another compilation, a long save."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._untimed, self._last = True, time.monotonic()
+            self._paused -= 1
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds without a beat after which the process ends."""
+        if not self._durations:
+            return max(self._first_s, self._floor_s)
+        # A copy, since the loop's thread may append meanwhile.
+        return max(
+            self._factor * statistics.median(self._durations.copy()), self._floor_s
+        )
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, self.limit_s / 10)):
+            limit, idle = self.limit_s, time.monotonic() - self._last
+            if self._paused or idle <= limit:
+                continue
+            print(
+                f"watchdog: no step for {idle:.1f} s (limit {limit:.1f} s) since step {self._step} on process "
+                f"{os.getpid()} of {socket.gethostname()}; the stack of every thread follows, then exit "
+                f"{int(ExitCode.HANG)}",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback(file=2, all_threads=True)
+            _flush()
+            os._exit(ExitCode.HANG)
+
+
+def _resolve(
+    given: _Cluster, environment: Mapping[str, str]
+) -> tuple[_Cluster, str | None]:
+    """The first source that says anything about the cluster, complete, and its name."""
+    ips = environment.get("SKYPILOT_NODE_IPS", "").split()
+    for source, cluster in (
+        ("arguments", given),
+        (
+            "GVJAX_* variables",
+            _Cluster(
+                environment.get("GVJAX_COORDINATOR"),
+                _integer(environment, "GVJAX_NUM_PROCESSES"),
+                _integer(environment, "GVJAX_PROCESS_ID"),
+            ),
+        ),
+        (
+            "SKYPILOT_* variables",
+            _Cluster(
+                f"{ips[0]}:{SKYPILOT_PORT}" if ips else None,
+                _integer(environment, "SKYPILOT_NUM_NODES"),
+                _integer(environment, "SKYPILOT_NODE_RANK"),
+            ),
+        ),
+    ):
+        fields = dataclasses.asdict(cluster)
+        if all(value is None for value in fields.values()):
+            continue
+        count = cluster.num_processes
+        if count == 1 and not cluster.process_id:
+            return cluster, source
+        missing = [name for name, value in fields.items() if value is None]
+        if missing:
+            raise ValueError(
+                f"{source} leave out {' and '.join(missing)}: coordinator (host:port), num_processes and process_id are "
+                "given together"
+            )
+        if count is None or count < 1 or not 0 <= (cluster.process_id or 0) < count:
+            raise ValueError(
+                f"{source} say process_id {cluster.process_id} of num_processes {count}; ids run from 0 to "
+                "num_processes - 1"
+            )
+        if ":" not in (cluster.coordinator or ""):
+            raise ValueError(
+                f"{source} say coordinator {cluster.coordinator!r}; it must be host:port"
+            )
+        return cluster, source
+    return _Cluster(), None
+
+
+def _detected_size(environment: Mapping[str, str]) -> int:
+    """How many processes a launcher that jax knows says it has started; 1 where none says so."""
+    sizes = [
+        _integer(environment, name) or 1
+        for name in (
+            "SLURM_STEP_NUM_TASKS",
+            "OMPI_COMM_WORLD_SIZE",
+            "MEGASCALE_NUM_SLICES",
+        )
+    ]
+    hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return max(*sizes, len(hosts))
+
+
+def _integer(environment: Mapping[str, str], name: str) -> int | None:
+    value = environment.get(name)
+    if value is None or value == "":
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{name}={value!r} must be an integer") from None
+
+
+def _on_sigterm(number, frame) -> None:
+    _preempted.set()
+    # The next one means it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _open_lifelines(coordinator: str | None, heartbeat_timeout_s: int) -> None:
+    """A socket between process 0 and each other one; the kernel closes it however a process dies."""
+    me, count = jax.process_index(), jax.process_count()
+    listener = None
+    note = np.zeros(512, np.uint8)
+    if me == 0:
+        listener = socket.create_server(("", 0), backlog=count)
+        text = json.dumps(
+            {
+                "host": socket.gethostname(),
+                "port": listener.getsockname()[1],
+                "token": secrets.token_hex(16),
+            }
+        ).encode()
+        note[: len(text)] = np.frombuffer(text, np.uint8)
+    text = np.asarray(multihost_utils.broadcast_one_to_all(note)).tobytes()
+    where = json.loads(text.rstrip(b"\0"))
+    token = where["token"].encode()
+    lines: dict[int, socket.socket] = {}
+    failure = "not all have connected"
+    try:
+        if listener is not None:
+            lines = _accept(listener, token, count - 1)
+        else:
+            host = coordinator.rsplit(":", 1)[0] if coordinator else where["host"]
+            address = (host.strip("[]"), where["port"])
+            line = socket.create_connection(address, CONNECT_TIMEOUT_S)
+            line.sendall(token + me.to_bytes(4, "big"))
+            lines = {0: line}
+    except OSError as error:
+        failure = str(error)
+    finally:
+        if listener is not None:
+            listener.close()
+    complete = len(lines) == (count - 1 if me == 0 else 1)
+    if not multihost_utils.process_allgather(np.array(complete)).all():
+        logger.warning(
+            "no lifeline to every process (%s): the death of one may be noticed only after the heartbeat's %d s",
+            "" if complete else failure,
+            heartbeat_timeout_s,
+        )
+        for line in lines.values():
+            line.close()
+        return
+    for line in lines.values():
+        line.settimeout(None)
+    _lifelines.update(lines)
+    # Registered after jax' own, so it runs before jax waits at exit for all to finish.
+    atexit.register(_say_goodbye)
+    threading.Thread(target=_watch_lifelines, name="lifelines", daemon=True).start()
+
+
+def _accept(
+    listener: socket.socket, token: bytes, count: int
+) -> dict[int, socket.socket]:
+    lines: dict[int, socket.socket] = {}
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while len(lines) < count and (left := deadline - time.monotonic()) > 0:
+        listener.settimeout(left)
+        line, _ = listener.accept()
+        line.settimeout(1.0)
+        # Anybody may knock at an open port; only the other processes know the token.
+        hello = b""
+        with contextlib.suppress(TimeoutError):
+            while len(hello) < len(token) + 4 and (part := line.recv(64)):
+                hello += part
+        if len(hello) == len(token) + 4 and secrets.compare_digest(hello[:-4], token):
+            lines[int.from_bytes(hello[-4:], "big")] = line
+        else:
+            line.close()
+    return lines
+
+
+def _watch_lifelines() -> None:
+    selector = selectors.DefaultSelector()
+    for process, line in _lifelines.items():
+        selector.register(line, selectors.EVENT_READ, process)
+    while selector.get_map():
+        for key, _ in selector.select():
+            try:
+                goodbye = _lifelines[key.data].recv(1) != b""
+            except OSError:
+                goodbye = False
+            if goodbye:
+                selector.unregister(key.fileobj)
+                continue
+            print(
+                f"process {jax.process_index()} leaves, because process {key.data} is gone",
+                file=sys.stderr,
+                flush=True,
+            )
+            _flush()
+            os._exit(ExitCode.CRASH)
+
+
+def _say_goodbye() -> None:
+    for line in _lifelines.values():
+        with contextlib.suppress(OSError):
+            line.sendall(b".")
+
+
+def _crash(kind, error, trace) -> None:
+    """The excepthook: leave before the barrier at exit, where peers stuck in a collective would never arrive."""
+    print(f"process {jax.process_index()} of {jax.process_count()}:", file=sys.stderr)
+    traceback.print_exception(kind, error, trace)
+    _flush()
+    os._exit(130 if issubclass(kind, KeyboardInterrupt) else ExitCode.CRASH)
+
+
+def _flush() -> None:
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # A closed pipe must not keep the process from ending.
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()

@@ -1,0 +1,101 @@
+"""What a recipe spends, by arithmetic on its settings: tokens, floating-point operations, labels, reward-model calls."""
+
+import math
+
+import jax
+
+from gvjax import config
+from gvjax.gap.results import Ledger
+from gvjax.models.transformer import ModelConfig, init_shapes
+from gvjax.recipes.ground import Ground
+
+
+def matmul_params(model: ModelConfig) -> int:
+    """Parameters that every token is multiplied with: all matrices, but not the look-up of embeddings."""
+    shapes = init_shapes(model)
+    layers = sum(
+        math.prod(leaf.shape)
+        for leaf in jax.tree.leaves(shapes["layers"])
+        if len(leaf.shape) > 2
+    )
+    return layers + model.vocab_size * model.embed_dim
+
+
+def forward_flops(ground: Ground, tokens: int) -> float:
+    """2 · parameters · tokens, plus the causal half of attention over sequences of full length."""
+    model = ground.model
+    length = ground.prompt_length + ground.completion_length
+    attention = 2 * model.num_layers * model.num_heads * model.width * length
+    return float(tokens) * (2 * matmul_params(model) + attention)
+
+
+def spent(settings: config.Section, ground: Ground, pairs: int) -> Ledger:
+    """The ledger of one run of a recipe; `seconds` is left to whoever holds the clock.
+
+    Args:
+      settings: a recipe's section.
+      ground: the network and the lengths, every sequence counted at full length.
+      pairs: labelled pairs that the recipe reads.
+    """
+    length = ground.prompt_length + ground.completion_length
+
+    def training(
+        sequences: int, *, reference: int = 0, labels: int = 0, **more
+    ) -> Ledger:
+        tokens = sequences * length
+        flops = 3 * forward_flops(ground, tokens) + forward_flops(
+            ground, reference * length
+        )
+        return Ledger(labels=labels, trained_tokens=tokens, flops=flops, **more)
+
+    def sampling(completions: int, prompts: int, *, scored: bool) -> Ledger:
+        tokens = completions * ground.completion_length
+        passes = tokens + prompts * ground.prompt_length + scored * completions * length
+        return Ledger(
+            prompts=prompts,
+            sampled_tokens=tokens,
+            reward_model_calls=completions if scored else 0,
+            flops=forward_flops(ground, passes),
+        )
+
+    match settings:
+        case config.SftSection():
+            return training(settings.steps * settings.batch_size)
+        case config.RewardSection():
+            return training(2 * settings.steps * settings.batch_size, labels=pairs)
+        case config.DpoSection():
+            # The reference's log-probabilities came with the pairs.
+            return training(2 * settings.steps * settings.batch_size, labels=pairs)
+        case config.HypoSection():
+            fresh = settings.steps * settings.on_policy_prompts
+            learned = training(
+                2 * settings.steps * settings.batch_size + fresh,
+                reference=fresh,
+                labels=pairs,
+            )
+            return learned + sampling(fresh, fresh, scored=False)
+        case config.RejectionSection():
+            drawn = settings.n * pairs
+            return training(settings.steps * settings.batch_size) + sampling(
+                drawn, pairs, scored=settings.rewards.reward_model > 0
+            )
+        case config.BestOfNSection():
+            # Paid at every answer, not in training: counted for one answer to each training prompt.
+            return sampling(
+                settings.n * pairs, pairs, scored=settings.rewards.reward_model > 0
+            )
+        case config.RebelSection():
+            samples, learned_from = 2, 2
+        case config.OnlineDpoSection():
+            samples = settings.samples_per_prompt
+            learned_from = 2 if settings.labels == "hard" else samples
+        case config.PolicyGradientSection() | config.PpoSection():
+            samples = learned_from = settings.samples_per_prompt
+        case _:
+            raise TypeError(f"no rule for what {type(settings).__name__} spends")
+    prompts = settings.steps * settings.prompts_per_step
+    critic = 2 if isinstance(settings, config.PpoSection) else 1
+    return training(
+        critic * prompts * learned_from * settings.epochs,
+        reference=prompts * learned_from,
+    ) + sampling(prompts * samples, prompts, scored=settings.rewards.reward_model > 0)

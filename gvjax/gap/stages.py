@@ -1,0 +1,299 @@
+"""Stages of a study: each is done once, kept under the hash of everything it depends on, and shared out to processes."""
+
+import ast
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import queue
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+import gvjax
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+Report = Callable[[int, int, Mapping[str, float]], None]
+"""`(done, total, shown)`: how far a stage is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One piece of work.
+
+    Attributes:
+      kind: which function does it.
+      place: (seed, task number, arm, trial) it belongs to.
+      label: for people, e.g. "tour seed 3: DPO 1".
+      inputs: JSON that determines the result together with the parents and the code.
+      parents: stages that must be done first.
+      cost: expected floating-point operations, for the progress bar.
+      code: fingerprint of the code that does it.
+    """
+
+    kind: str
+    place: tuple[int, int, str, int]
+    label: str
+    inputs: dict[str, Any]
+    parents: tuple["Stage", ...]
+    cost: float
+    code: str
+
+    @functools.cached_property
+    def key(self) -> str:
+        """20 hex digits that change when anything the result depends on does."""
+        content = {
+            "kind": self.kind,
+            "inputs": self.inputs,
+            "parents": [parent.key for parent in self.parents],
+            "code": self.code,
+        }
+        text = json.dumps(content, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+class StageError(RuntimeError):
+    """A stage failed; the message names it and holds the traceback."""
+
+
+class BusyError(RuntimeError):
+    """Another process is working in the same directory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Where stages keep their files: `<root>/<kind>-<key>/`, done once `result.json` stands there."""
+
+    root: pathlib.Path
+
+    def directory(self, stage: Stage) -> pathlib.Path:
+        return self.root / f"{stage.kind}-{stage.key}"
+
+    def is_done(self, stage: Stage) -> bool:
+        return (self.directory(stage) / "result.json").exists()
+
+    def result(self, stage: Stage) -> dict[str, Any]:
+        """What the stage returned."""
+        return json.loads((self.directory(stage) / "result.json").read_text())
+
+    def started(self) -> str:
+        """When the first work began here, ISO 8601, UTC: noted once, so that gathering again changes nothing."""
+        path = self.root / "started"
+        if not path.exists():
+            self.root.mkdir(parents=True, exist_ok=True)
+            now = datetime.datetime.now(datetime.UTC)
+            path.write_text(now.isoformat(timespec="seconds"))
+        return path.read_text()
+
+    def finish(self, stage: Stage, result: Mapping[str, Any]) -> None:
+        """Marks a stage as done, in one piece: a crash leaves it undone or done, nothing between."""
+        path = self.directory(stage) / "result.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name("result.json.partial")
+        partial.write_text(json.dumps({"label": stage.label, **result}))
+        partial.replace(path)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes out of this directory while inside.
+
+        Raises:
+          BusyError: one is already there.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / "lock").open("w") as lock:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise BusyError(
+                        f"another process works in {self.root}; wait for it, or choose another run_dir"
+                    ) from None
+            yield
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """A hash of the code that results depend on: comments, docstrings and the showing of results do not count."""
+    root = pathlib.Path(gvjax.__file__).parent
+    shown = ("__main__.py", "gap/report.py", "gap/figures.py", "gap/contrasts.py")
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if name in shown or name.startswith(("verify/", "tabular/")):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list):
+                # A string standing alone is a docstring: it computes nothing.
+                node.body = [each for each in body if not _is_text(each)]  # type: ignore[attr-defined]
+        digest.update(f"{name}\n{ast.dump(tree)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _is_text(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+Perform = Callable[[Stage, Store, Report], Mapping[str, Any]]
+"""Does a stage and returns its JSON result; must be importable by name."""
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    store: Store,
+    perform: Perform,
+    *,
+    workers: int,
+    watch: Callable[[Stage, str, float, Mapping[str, float]], None],
+) -> None:
+    """Does what is not done yet, parents first.
+
+    Args:
+      stages: all of them, parents before children.
+      store: where results are.
+      perform: does one stage; a `functools.partial` of a module's function.
+      workers: processes, each on a core of its own; 1 works in this process.
+      watch: told `(stage, "running" | "done" | "kept", share in [0, 1], shown)`.
+
+    Raises:
+      StageError: a stage failed; those that were done stay done.
+    """
+    waiting = []
+    for stage in stages:
+        if store.is_done(stage):
+            watch(stage, "kept", 1.0, {})
+        else:
+            waiting.append(stage)
+    if workers > 1 and len(waiting) > 1:
+        _share_out(waiting, store, perform, workers, watch)
+        return
+    for stage in waiting:
+
+        def report(done, total, shown, stage=stage):
+            watch(stage, "running", done / max(total, 1), shown)
+
+        try:
+            _do(stage, store, perform, report)
+        except Exception as error:
+            raise StageError(
+                f"{stage.label} failed:\n{traceback.format_exc()}"
+            ) from error
+        watch(stage, "done", 1.0, {})
+
+
+def share_compiled_programs(store: Store) -> None:
+    """Lets processes, and later runs of the study, find what one of them has compiled."""
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
+        cache = str(store.root / "compiled")
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _do(stage: Stage, store: Store, perform: Perform, report: Report) -> None:
+    begun = time.monotonic()
+    result = perform(stage, store, report)
+    store.finish(stage, {"seconds": time.monotonic() - begun, **result})
+
+
+def _share_out(waiting, store, perform, workers, watch) -> None:
+    context = multiprocessing.get_context("spawn")
+    news = context.Queue()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    desks = {}
+    for number in range(min(workers, len(waiting))):
+        tasks = context.SimpleQueue()
+        core = cores[number % len(cores)] if cores else None
+        process = context.Process(
+            target=_work, args=(number, core, tasks, news, store, perform), daemon=True
+        )
+        process.start()
+        desks[number] = (process, tasks)
+    by_key = {stage.key: stage for stage in waiting}
+    idle, running = list(desks), dict[int, Stage]()
+    looked = time.monotonic()
+    try:
+        while waiting or running:
+            pending = {stage.key for stage in waiting}
+            pending |= {stage.key for stage in running.values()}
+            for stage in list(waiting):
+                if not idle:
+                    break
+                if not any(parent.key in pending for parent in stage.parents):
+                    number = idle.pop(0)
+                    waiting.remove(stage)
+                    running[number] = stage
+                    desks[number][1].put(stage)
+            # However much the others have to say: one that died says nothing.
+            if time.monotonic() - looked > 1.0:
+                looked = time.monotonic()
+                _check_alive(running, desks)
+            try:
+                number, key, what, share, shown = news.get(timeout=1.0)
+            except queue.Empty:
+                continue
+            if what == "failed":
+                raise StageError(f"{by_key[key].label} failed:\n{shown}")
+            if what == "done":
+                idle.append(number)
+                del running[number]
+            watch(by_key[key], what, share, shown)
+    finally:
+        for process, _ in desks.values():
+            process.terminate()
+        for process, _ in desks.values():
+            process.join()
+
+
+def _check_alive(running, desks) -> None:
+    for number, stage in running.items():
+        process, _ = desks[number]
+        if not process.is_alive():
+            raise StageError(
+                f"{stage.label}: its process died with exit code {process.exitcode} (-9: killed, often for want of"
+                " memory); run the same command to go on"
+            )
+
+
+def _work(number, core, tasks, news, store, perform) -> None:
+    # Ctrl-C reaches the whole process group: the leader answers it, and ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if core is not None:
+        # Before jax makes its thread pool: one thread on one core wastes nothing on waiting for the others.
+        os.sched_setaffinity(0, {core})
+    share_compiled_programs(store)
+    while True:
+        stage = tasks.get()
+        latest = 0.0
+
+        def report(done, total, shown, stage=stage):
+            nonlocal latest
+            if time.monotonic() - latest > 0.2:
+                latest = time.monotonic()
+                shown = {name: float(value) for name, value in shown.items()}
+                news.put((number, stage.key, "running", done / max(total, 1), shown))
+
+        try:
+            _do(stage, store, perform, report)
+        except Exception:
+            news.put((number, stage.key, "failed", 0.0, traceback.format_exc()))
+            return
+        news.put((number, stage.key, "done", 1.0, {}))

@@ -1,0 +1,1 @@
+"""The networks: one decoder for every family, heads on it, LoRA. Flax stays inside; outside are functions of arrays."""

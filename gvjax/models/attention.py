@@ -1,0 +1,249 @@
+"""Causal attention, and the one place where its kernel is chosen.
+
+Everything takes queries `[B, S, H, hd]` and keys and values `[B, S, K, hd]` with H a multiple of K (grouped queries:
+head h reads key head h // (H / K)).
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+Kernel = Literal["xla", "cudnn", "splash"]
+
+_MASKED = -1e30  # finite, so that a padding row which sees nothing stays finite too
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """What one layer's attention needs to know.
+
+    Attributes:
+      scale: what queries are multiplied by, usually 1/√hd.
+      window: a token sees itself and the window − 1 tokens before it; None is all of them.
+      softcap: scores become softcap · tanh(scores / softcap); None leaves them.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def choose_kernel(
+    config: AttentionConfig,
+    *,
+    platform: str | None,
+    dtype: jnp.dtype,
+    head_dim: int,
+    packed: bool,
+) -> Kernel:
+    """The fastest kernel that computes exactly this attention on this platform.
+
+    | platform | kernel | where it applies |
+    |---|---|---|
+    | gpu | cudnn | bf16 or f16, head_dim <= 128 and a multiple of 8, no soft cap, not packed |
+    | tpu | splash | head_dim a multiple of 128 |
+    | any other, and None | xla | always |
+
+    `platform` is the mesh's, never the process' default backend: a program compiled ahead of time for a TPU is traced
+    on a CPU.
+    """
+    if (
+        platform == "gpu"
+        and dtype in (jnp.bfloat16, jnp.float16)
+        and head_dim <= 128
+        and head_dim % 8 == 0
+        and config.softcap is None
+        and not packed
+    ):
+        return "cudnn"
+    if platform == "tpu" and head_dim % 128 == 0:
+        return "splash"
+    return "xla"
+
+
+def causal_attention(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    config: AttentionConfig,
+    segments: jax.Array | None = None,
+    platform: str | None = None,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Attention of whole sequences: position t sees positions <= t of its own segment, within the window.
+
+    Args:
+      queries: [B, T, H, hd].
+      keys, values: [B, T, K, hd].
+      config: AttentionConfig.
+      segments: int32[B, T] or None (one segment per row).
+      platform: "cpu", "gpu", "tpu" or None (plain XLA); see `choose_kernel`.
+      mesh: the mesh that the splash kernel is split over; the others are split by the compiler.
+
+    Returns:
+      [B, T, H, hd].
+    """
+    kernel = choose_kernel(
+        config,
+        platform=platform,
+        dtype=queries.dtype,
+        head_dim=queries.shape[-1],
+        packed=segments is not None,
+    )
+    if kernel == "cudnn":
+        return jax.nn.dot_product_attention(
+            queries,
+            keys,
+            values,
+            scale=config.scale,
+            is_causal=True,
+            local_window_size=None if config.window is None else (config.window - 1, 0),
+            implementation="cudnn",
+        )
+    if kernel == "splash":
+        return _splash(queries, keys, values, config, segments, mesh)
+    return _blocked(queries, keys, values, config, segments)
+
+
+def cached_attention(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    config: AttentionConfig,
+    positions: jax.Array,
+    slot_positions: jax.Array,
+) -> jax.Array:
+    """Attention of new tokens over a cache.
+
+    Args:
+      queries: [B, S, H, hd].
+      keys, values: [B, K, T, hd], head-major so that no step transposes the cache.
+      config: AttentionConfig.
+      positions: int32[B, S], the position of each new token in its row; −1 is padding.
+      slot_positions: int32[B, T], the position of the token in each slot; −1 is an empty slot or padding.
+
+    Returns:
+      [B, S, H, hd].
+    """
+    slots, new = slot_positions[:, None, :], positions[:, :, None]
+    mask = (slots >= 0) & (slots <= new)
+    if config.window is not None:
+        mask &= slots > new - config.window
+    heads_out = _attend(
+        _grouped(queries, keys.shape[1]), keys, values, mask[:, None, None], config
+    )
+    return _ungrouped(heads_out)
+
+
+def _grouped(queries: jax.Array, num_kv_heads: int) -> jax.Array:
+    batch, length, heads, width = queries.shape
+    shape = (batch, length, num_kv_heads, heads // num_kv_heads, width)
+    return queries.reshape(shape).transpose(0, 2, 3, 1, 4)
+
+
+def _ungrouped(heads_out: jax.Array) -> jax.Array:
+    batch, kv_heads, group, length, width = heads_out.shape
+    out = heads_out.transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, kv_heads * group, width)
+
+
+def _attend(queries, keys, values, mask, config: AttentionConfig) -> jax.Array:
+    """[B, K, G, S, hd] queries over [B, K, T, hd] keys and values; mask broadcasts to [B, K, G, S, T]."""
+    scores = jnp.einsum(
+        "bkgsd,bktd->bkgst",
+        queries * jnp.asarray(config.scale, queries.dtype),
+        keys,
+        preferred_element_type=jnp.float32,
+    )
+    if config.softcap is not None:
+        scores = config.softcap * jnp.tanh(scores / config.softcap)
+    weights = jax.nn.softmax(jnp.where(mask, scores, _MASKED), axis=-1)
+    return jnp.einsum("bkgst,bktd->bkgsd", weights.astype(values.dtype), values)
+
+
+def _blocked(queries, keys, values, config: AttentionConfig, segments) -> jax.Array:
+    """Blocks of queries, each with the keys it can see and no others: half the products of the whole square."""
+    length, kv_heads = queries.shape[1], keys.shape[2]
+    queries = _grouped(queries, kv_heads)
+    keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+    # Blocks of 128 measured fastest on a CPU; at most 16 of them keep long programs short.
+    size = max(128, -(-length // 16))
+    positions = np.arange(length)
+    blocks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        first = 0 if config.window is None else max(0, start - config.window + 1)
+        new, old = positions[start:stop, None], positions[None, first:stop]
+        mask = old <= new
+        if config.window is not None:
+            mask &= old > new - config.window
+        if segments is not None:
+            same = segments[:, start:stop, None] == segments[:, None, first:stop]
+            mask = (mask & same)[:, None, None]
+        blocks.append(
+            _attend(
+                queries[:, :, :, start:stop],
+                keys[:, :, first:stop],
+                values[:, :, first:stop],
+                mask,
+                config,
+            )
+        )
+    return _ungrouped(blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, 3))
+
+
+def _splash(queries, keys, values, config: AttentionConfig, segments, mesh):
+    """Pallas' splash attention: skips masked blocks, never holds the scores. Lengths are padded to blocks of 128."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
+    batch, length = queries.shape[:2]
+    padding = -length % 128
+    shape = (length + padding, length + padding)
+    mask = (
+        masks.CausalMask(shape)
+        if config.window is None
+        else masks.LocalMask(shape, (config.window - 1, 0), offset=0)
+    )
+    if segments is None:
+        segments = jnp.zeros((batch, length), jnp.int32)
+    pads = ((0, 0), (0, padding), (0, 0), (0, 0))
+    queries, keys, values = (
+        jnp.pad(x, pads).swapaxes(1, 2)
+        for x in (queries * jnp.asarray(config.scale, queries.dtype), keys, values)
+    )
+    segments = jnp.pad(segments, pads[:2], constant_values=-1)
+
+    def attend(queries, keys, values, segments):
+        # Made here, of the heads that this shard holds.
+        kernel = kernels.make_splash_mha(
+            masks.MultiHeadMask([mask] * queries.shape[1]),
+            attn_logits_soft_cap=config.softcap,
+            head_shards=1,
+            q_seq_shards=1,
+        )
+        return jax.vmap(
+            lambda q, k, v, ids: kernel(q, k, v, kernels.SegmentIds(ids, ids))
+        )(queries, keys, values, segments)
+
+    if mesh is not None:
+        split = P(("data", "fsdp"), "tensor", None, None)
+        attend = jax.shard_map(
+            attend,
+            mesh=mesh,
+            in_specs=(split, split, split, P(("data", "fsdp"), None)),
+            out_specs=split,
+            check_vma=False,
+        )
+    return attend(queries, keys, values, segments).swapaxes(1, 2)[:, :length]

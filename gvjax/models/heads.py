@@ -1,0 +1,158 @@
+"""Heads on the decoder's trunk: a scalar reward per completion, scores per token, values per position.
+
+Parameters are `{"trunk": ..., "head": {"kernel": [D, 1], "bias": [1]}}`; the trunk is the decoder's parameters without
+the unembedding, which nothing here reads.
+
+Pooling is a static argument of the function that makes a scorer, not a flag somewhere: a jitted function that read a
+flag would go on scoring with the pooling it was traced with.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from gvjax import masked
+from gvjax.models import transformer
+from gvjax.models.transformer import ModelConfig
+from gvjax.types import Params, RewardFn, ValuesFn
+
+Pooling = Literal["last", "mean", "sum"]
+Over = Literal["completion", "all"]
+
+PARTITION_RULES = (*transformer.PARTITION_RULES, (r"head/(kernel|bias)", P()))
+
+
+def init(
+    key: jax.Array,
+    config: ModelConfig,
+    trunk: Params | None = None,
+    *,
+    zero: bool = True,
+) -> Params:
+    """Parameters of a reward model or critic.
+
+    Args:
+      key: consumed.
+      config: of the trunk.
+      trunk: a policy's parameters to start from, usually the SFT's; they are not copied. None: random ones.
+      zero: a head of zeros, so that every reward starts at 0; else normal with standard deviation 1/√(D + 1), as in
+        Stiennon et al., 2020, https://arxiv.org/abs/2009.01325.
+    """
+    trunk_key, head_key = jax.random.split(key)
+    if trunk is None:
+        trunk = transformer.init(trunk_key, config)
+    shape = (config.embed_dim, 1)
+    scale = (config.embed_dim + 1) ** -0.5
+    kernel = jnp.zeros(shape) if zero else scale * jax.random.normal(head_key, shape)
+    return {
+        "trunk": {name: part for name, part in trunk.items() if name != "unembed"},
+        "head": {"kernel": kernel, "bias": jnp.zeros(1)},
+    }
+
+
+def reward_fn(
+    config: ModelConfig,
+    *,
+    pooling: Pooling = "sum",
+    over: Over = "completion",
+    mesh: Mesh | None = None,
+    platform: str | None = None,
+) -> RewardFn:
+    """A RewardFn: the head applied to pooled hidden states.
+
+        last:  r = w · h_T + b            T the completion's last token
+        mean:  r = mean_t (w · h_t + b)
+        sum:   r = Σ_t (w · h_t + b)      t over the completion, or over all real tokens
+
+    `sum` learned rewards that add up over the completion (goals visited, say) in a tenth of the steps and from data on
+    which `last` stayed near chance; `last` is what most published reward models use.
+
+    Args:
+      config: of the trunk.
+      pooling: "last", "mean" or "sum".
+      over: what mean and sum run over: the "completion", or "all" real tokens, prompt included.
+      mesh, platform: as for `transformer.hidden`.
+
+    Returns:
+      `(params, tokens int32[B, T], completion_mask bool[B, T]) -> f32[B]`. What follows the completion changes
+      nothing. An empty completion gets 0, whatever the pooling.
+    """
+    if pooling not in ("last", "mean", "sum"):
+        raise ValueError(f"pooling is {pooling!r}; it must be last, mean or sum")
+    if over not in ("completion", "all"):
+        raise ValueError(f"over is {over!r}; it must be completion or all")
+    if pooling == "last" and over != "completion":
+        raise ValueError(
+            "pooling 'last' reads one token and has nothing to run over; leave `over` at 'completion'"
+        )
+
+    def rewards(params, tokens, completion_mask):
+        chex.assert_equal_shape([tokens, completion_mask])
+        scores = _scores(config, params, tokens, mesh, platform)
+        last = _last(completion_mask)
+        places = jnp.arange(tokens.shape[1])[None]
+        if pooling == "last":
+            pooled = masked.sum(scores, (places == last[:, None]), axis=1)
+        else:
+            mask = completion_mask if over == "completion" else places <= last[:, None]
+            pool = masked.mean if pooling == "mean" else masked.sum
+            pooled = pool(scores, mask, axis=1)
+        return jnp.where(jnp.any(completion_mask, axis=1), pooled, 0.0)
+
+    return rewards
+
+
+def token_rewards_fn(
+    config: ModelConfig, *, mesh: Mesh | None = None, platform: str | None = None
+) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
+    """A score for each completion token, `w · h_t + b`, that has seen the tokens up to and including it.
+
+    Their sum over a row is `reward_fn(pooling="sum")`: a reward model made of per-token terms, as a DPO policy's
+    implicit reward is.
+
+    Returns:
+      `(params, tokens int32[B, T], completion_mask bool[B, T]) -> f32[B, T]`, 0 outside the completion.
+    """
+
+    def token_rewards(params, tokens, completion_mask):
+        chex.assert_equal_shape([tokens, completion_mask])
+        scores = _scores(config, params, tokens, mesh, platform)
+        return masked.select(scores, completion_mask)
+
+    return token_rewards
+
+
+def values_fn(
+    config: ModelConfig, *, mesh: Mesh | None = None, platform: str | None = None
+) -> ValuesFn:
+    """A critic: `values[b, t] = w · h_{t−1} + b`, the value before token t is chosen; column 0 is 0.
+
+    Returns:
+      `(params, tokens int32[B, T]) -> f32[B, T]`.
+    """
+
+    def values(params, tokens):
+        scores = _scores(config, params, tokens, mesh, platform)
+        return jnp.pad(scores[:, :-1], ((0, 0), (1, 0)))
+
+    return values
+
+
+def _scores(config, params, tokens, mesh, platform) -> jax.Array:
+    """f32[B, T]: the head at every position."""
+    states = transformer.hidden(
+        config, params["trunk"], tokens, mesh=mesh, platform=platform
+    )
+    head = params["head"]
+    return (states.astype(jnp.float32) @ head["kernel"])[..., 0] + head["bias"]
+
+
+def _last(mask: jax.Array) -> jax.Array:
+    """int32[B]: where the last True of each row stands, −1 where there is none."""
+    places = jnp.arange(mask.shape[1])
+    return jnp.max(jnp.where(mask, places, -1), axis=1)

@@ -1,0 +1,838 @@
+"""One decoder for every family: GPT-NeoX, Llama, Qwen2, Qwen3 and Gemma differ by switches of `ModelConfig`.
+
+Parameters are a nested dict of float32 arrays; those of the layers are stacked, `layers/**` has a leading axis L,
+whether the layers run as a scan or unrolled, so sharding rules, checkpoints and conversions see one layout:
+
+    embed/embedding [V, D]
+    layers/attention_norm, mlp_norm [, attention_post_norm, mlp_post_norm]: scale [, bias] [L, D]
+    layers/attention/query, key, value, output: kernel [L, in, out] [, bias [L, out]] [, lora_a, lora_b: see `lora`]
+    layers/attention/query_norm, key_norm: scale [L, hd]
+    layers/mlp/gate, up, down: kernel [L, in, out] [, bias [L, out]]
+    final_norm: scale [, bias] [D]
+    unembed/kernel [D, V]                                    absent where the embeddings are tied
+
+Activations around linear layers are `[tokens, D]`, not `[B, T, D]`: XLA's CPU backend computes the gradient of a gated
+MLP twice as fast so.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, Literal
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gvjax import logps
+from gvjax.models.attention import (
+    AttentionConfig,
+    cached_attention,
+    causal_attention,
+)
+from gvjax.types import DecodeFn, Params
+
+Cache = dict[str, Any]
+
+PARTITION_RULES = (
+    (r"positions/embedding", P(None, "fsdp")),
+    (r"embed/embedding", P("tensor", "fsdp")),
+    (r"unembed/kernel", P("fsdp", "tensor")),
+    (r"(query|key|value|gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"(query|key|value|gate|up)/bias", P(None, "tensor")),
+    (r"(output|down)/kernel", P(None, "tensor", "fsdp")),
+    (r"(output|down)/bias", P()),
+    (r"[a-z_]*norm/(scale|bias)", P()),
+)
+"""(path-ending regex, PartitionSpec): vocabulary, heads and mlp over `tensor`, embedding over `fsdp`."""
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder. Hashable: pass it as a static argument or close over it.
+
+    The defaults are a small Llama: pre-norm RMSNorm, full rotary embeddings, gated SiLU, no biases, tied embeddings.
+
+    Attributes:
+      vocab_size: V.
+      embed_dim: D.
+      num_layers: L.
+      num_heads: H, query heads.
+      mlp_dim: width inside the MLP.
+      num_kv_heads: K, key and value heads; H is a multiple of it; None is H. Fewer make decoding's cache smaller.
+      head_dim: hd; None is D / H.
+      norm: "rms", or "layer" (mean removed, with a bias).
+      norm_epsilon: added to the variance.
+      norm_plus_one: scales are stored as their difference from 1 (Gemma).
+      post_norms: norm the outputs of attention and MLP too, before they are added (Gemma).
+      qk_norm: RMSNorm over each query and key head (Qwen3, Gemma 3).
+      learned_positions: None for rotary embeddings; a number for that many learned position vectors, added to the
+        token embeddings (GPT-2): no sequence may then be longer. Small networks tell prompt from completion with them.
+      rope_theta: base of the rotary wavelengths; larger suits longer sequences.
+      rope_fraction: share of each head that is rotated, in (0, 1] (GPT-NeoX: 0.25).
+      rope_scale: positions are divided by it in layers that see everything (Gemma 3 from 4B on: 8).
+      rope_llama3: (factor, low, high, length), as Llama 3.1 stretches its positions: wavelengths over length / low are
+        multiplied by factor, those under length / high are left, and those between go smoothly from one to the other.
+      sliding_window: tokens a local layer sees, itself included; None: every layer sees everything.
+      global_every: with a window, layer i sees everything where (i + 1) % global_every == 0; 0: nowhere.
+      local_rope_theta: rope_theta of local layers; None is the same.
+      mlp_gated: activation(gate) · up, else activation(up).
+      activation: "silu", "gelu", "gelu_tanh" or "relu".
+      qkv_bias, output_bias, mlp_bias: biases of query, key and value; of attention's output; of the MLP.
+      parallel_residual: attention and MLP both read the layer's input (GPT-NeoX).
+      tied_embeddings: logits are read with the embedding matrix.
+      scale_embedding: embeddings are multiplied by √D (Gemma).
+      query_scale: what attention scores are multiplied by; None is 1/√hd.
+      attention_softcap, logit_softcap: x becomes cap · tanh(x / cap) (Gemma 2); None: no cap.
+      dtype: what activations and matrix products are computed in, "float32" or "bfloat16". Parameters, norms, softmax
+        and log-probabilities are float32 always.
+      remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or "full" (everything but the
+        layers' inputs). Each costs time and saves memory.
+      scan_layers: run the layers as one scan. Compiles in a time that does not grow with L, but a step of a small model
+        on a CPU took 1.2 times as long as unrolled.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: float = 1e-6
+    norm_plus_one: bool = False
+    post_norms: bool = False
+    qk_norm: bool = False
+    learned_positions: int | None = None
+    rope_theta: float = 10_000.0
+    rope_fraction: float = 1.0
+    rope_scale: float = 1.0
+    rope_llama3: tuple[float, float, float, int] | None = None
+    sliding_window: int | None = None
+    global_every: int = 0
+    local_rope_theta: float | None = None
+    mlp_gated: bool = True
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    parallel_residual: bool = False
+    tied_embeddings: bool = True
+    scale_embedding: bool = False
+    query_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    scan_layers: bool = False
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "mlp_dim")
+        optional = (
+            "num_kv_heads",
+            "head_dim",
+            "sliding_window",
+            "learned_positions",
+        )
+        for name in (*sizes, *optional):
+            value = getattr(self, name)
+            if (value is None and name in sizes) or (value is not None and value < 1):
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.head_dim is None and self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}; change one, or set head_dim"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.kv_heads}; each key head serves the "
+                "same number of query heads"
+            )
+        if not 0 < self.rope_fraction <= 1 or self.rotary_dim < 2:
+            raise ValueError(
+                f"rope_fraction {self.rope_fraction} rotates {self.rotary_dim} of {self.width} head dimensions; it must "
+                "lie in (0, 1] and leave at least one pair"
+            )
+        if self.rotary_dim % 2:
+            raise ValueError(
+                f"rope_fraction {self.rope_fraction} of head_dim {self.width} is {self.rotary_dim} dimensions; pairs "
+                "are rotated, so it must be even"
+            )
+        for name in (
+            "norm_epsilon",
+            "rope_theta",
+            "rope_scale",
+            "local_rope_theta",
+            "query_scale",
+            "attention_softcap",
+            "logit_softcap",
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be positive")
+        if self.learned_positions is not None:
+            for name in ("rope_theta", "rope_fraction", "rope_scale", "rope_llama3"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)} but positions are learned and nothing is rotated; leave one "
+                        "of the two out"
+                    )
+        if self.rope_llama3 is not None:
+            factor, low, high, length = self.rope_llama3
+            if not (factor > 0 and 0 < low < high and length > 0):
+                raise ValueError(
+                    f"rope_llama3 is {self.rope_llama3}; it must be (factor, low, high, length), all positive and low "
+                    "below high"
+                )
+        if self.global_every < 0:
+            raise ValueError(f"global_every is {self.global_every}; it must be >= 0")
+        if self.sliding_window is None:
+            for name, unset in (("global_every", 0), ("local_rope_theta", None)):
+                if getattr(self, name) != unset:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)} but no layer is local; set sliding_window, or leave {name} out"
+                    )
+        for name, allowed in (
+            ("norm", ("rms", "layer")),
+            ("activation", tuple(_ACTIVATIONS)),
+            ("dtype", _DTYPES),
+            ("remat", ("none", "dots", "full")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}"
+                )
+
+    @property
+    def kv_heads(self) -> int:
+        """K, resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def width(self) -> int:
+        """hd, resolved."""
+        return self.head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of the hd dimensions are rotated."""
+        return int(self.width * self.rope_fraction)
+
+    @property
+    def period(self) -> int:
+        """After how many layers the pattern of local and global layers repeats."""
+        return self.global_every if self.sliding_window and self.global_every else 1
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer sees the sliding window only."""
+        if self.sliding_window is None:
+            return False
+        return self.global_every == 0 or (layer + 1) % self.global_every != 0
+
+    def attention(self, layer: int) -> AttentionConfig:
+        """What attention needs to know of a layer."""
+        return AttentionConfig(
+            scale=self.query_scale or self.width**-0.5,
+            window=self.sliding_window if self.is_local(layer) else None,
+            softcap=self.attention_softcap,
+        )
+
+
+# The modules. Attention itself comes in as a callable, so a layer does not know whether there is a cache.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _standardise(x: jax.Array, epsilon: float, centred: bool) -> jax.Array:
+    """x / √(mean x² + ε) over the last axis, its mean removed first if `centred`.
+
+    The gradient is written out because the derived one runs ten times as long on a CPU, where it cost a third of a
+    whole training step of a small network:
+
+        ∂x = (g − mean(g) − y · mean(g y)) / √(…),   without mean(g) where nothing was centred
+    """
+    return _standardise_forward(x, epsilon, centred)[0]
+
+
+def _standardise_forward(x, epsilon, centred):
+    if centred:
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    y = x * inverse
+    return y, (y, inverse)
+
+
+def _standardise_backward(epsilon, centred, kept, g):
+    y, inverse = kept
+    moved = g - y * jnp.mean(g * y, axis=-1, keepdims=True)
+    if centred:
+        moved = moved - jnp.mean(g, axis=-1, keepdims=True)
+    return (moved * inverse,)
+
+
+_standardise.defvjp(_standardise_forward, _standardise_backward)
+
+
+class Norm(nn.Module):
+    config: ModelConfig
+    centred: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        plus_one = self.config.norm_plus_one
+        unit = nn.initializers.zeros if plus_one else nn.initializers.ones
+        scale = self.param("scale", unit, (x.shape[-1],))
+        epsilon = self.config.norm_epsilon
+        y = _standardise(x.astype(jnp.float32), epsilon, self.centred)
+        y = y * (1 + scale if plus_one else scale)
+        if self.centred:
+            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return y.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    features: int
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # `init` fills kernels, all in one place.
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.zeros, shape)
+        y = x @ kernel.astype(x.dtype)
+        if self.has_variable("params", "lora_a"):
+            a: jax.Array = self.get_variable("params", "lora_a")
+            b: jax.Array = self.get_variable("params", "lora_b")
+            y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(x.dtype)
+        return y
+
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, batch: int, rotation, attend: Attend):
+        c = self.config
+
+        def heads(name: str, count: int) -> jax.Array:
+            flat = Linear(count * c.width, c.qkv_bias, name=name)(x)
+            return flat.reshape(batch, -1, count, c.width)
+
+        queries = heads("query", c.num_heads)
+        keys, values = heads("key", c.kv_heads), heads("value", c.kv_heads)
+        if c.qk_norm:
+            queries = Norm(c, name="query_norm")(queries)
+            keys = Norm(c, name="key_norm")(keys)
+        out, cache = attend(_rotate(queries, rotation), _rotate(keys, rotation), values)
+        out = out.reshape(x.shape[0], c.num_heads * c.width)
+        return Linear(c.embed_dim, c.output_bias, name="output")(out), cache
+
+
+class Mlp(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        activation = _ACTIVATIONS[c.activation]
+        up = Linear(c.mlp_dim, c.mlp_bias, name="up")(x)
+        if c.mlp_gated:
+            up = activation(Linear(c.mlp_dim, c.mlp_bias, name="gate")(x)) * up
+        else:
+            up = activation(up)
+        return Linear(c.embed_dim, c.mlp_bias, name="down")(up)
+
+
+class Block(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, batch: int, rotation, attend: Attend):
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return Norm(self.config, self.config.norm == "layer", name=name)(x)
+
+        def post_norm(name: str, x: jax.Array) -> jax.Array:
+            return norm(name, x) if self.config.post_norms else x
+
+        mixed, cache = Attention(self.config, name="attention")(
+            norm("attention_norm", x), batch, rotation, attend
+        )
+        after = x + post_norm("attention_post_norm", mixed)
+        read = x if self.config.parallel_residual else after
+        out = Mlp(self.config, name="mlp")(norm("mlp_norm", read))
+        return after + post_norm("mlp_post_norm", out), cache
+
+
+# Parameters.
+
+
+def init(key: jax.Array, config: ModelConfig) -> Params:
+    """Random parameters: kernels normal with variance 1/fan-in, residual outputs 1/√(2L) of that, embeddings 0.02.
+
+    All normal numbers come from one draw: a draw for each matrix would take longer to compile than a small network takes
+    to train.
+
+    Args:
+      key: consumed.
+      config: ModelConfig.
+
+    Returns:
+      Nested dict of float32 arrays, as in the module's docstring.
+    """
+    x = jnp.zeros((1, config.embed_dim))
+    rotation = _rotation(jnp.zeros((1, 1), jnp.int32), config, 0)
+
+    def blank_layer(_):
+        block, unused = Block(config), jax.random.key(0)
+        return block.init(unused, x, 1, rotation, lambda q, k, v: (q, None))["params"]
+
+    def table(rows: int) -> Params:
+        return {"embedding": jnp.zeros((rows, config.embed_dim))}
+
+    def blank() -> Params:
+        params = {
+            "embed": table(config.vocab_size),
+            "layers": jax.vmap(blank_layer)(jnp.arange(config.num_layers)),
+            "final_norm": _final_norm(config).init(jax.random.key(0), x)["params"],
+        }
+        if config.learned_positions is not None:
+            params["positions"] = table(config.learned_positions)
+        if not config.tied_embeddings:
+            shape = (config.embed_dim, config.vocab_size)
+            params["unembed"] = {"kernel": jnp.zeros(shape)}
+        return params
+
+    def stddev(path: str, shape: tuple[int, ...]) -> float:
+        if path.endswith("embedding") or path.startswith("unembed"):
+            return 0.02
+        if not path.endswith("kernel"):
+            return 0.0
+        residual = re.search(r"/(output|down)/", path) is not None
+        return shape[-2] ** -0.5 * ((2 * config.num_layers) ** -0.5 if residual else 1)
+
+    params = blank()
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    scales = [
+        stddev(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
+        for path, leaf in leaves
+    ]
+    sizes = [leaf.size if scale else 0 for (_, leaf), scale in zip(leaves, scales)]
+    drawn = jnp.split(
+        jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1].tolist()
+    )
+    filled = [
+        scale * numbers.reshape(leaf.shape) if scale else leaf
+        for (_, leaf), scale, numbers in zip(leaves, scales, drawn)
+    ]
+    return jax.tree_util.tree_unflatten(treedef, filled)
+
+
+def init_shapes(config: ModelConfig) -> Params:
+    """The parameters as jax.ShapeDtypeStructs; nothing is allocated."""
+    return jax.eval_shape(lambda: init(jax.random.key(0), config))
+
+
+# Forward.
+
+
+def hidden(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    segments: jax.Array | None = None,
+    *,
+    mesh: Mesh | None = None,
+    platform: str | None = None,
+) -> jax.Array:
+    """Hidden states after the last norm.
+
+    Padding on the right needs no mask: attention is causal. Positions are counted along the row also where it is
+    packed: rotary embeddings see differences only.
+
+    Args:
+      config: ModelConfig.
+      params: from `init`; `unembed` is not read.
+      tokens: int32[B, T].
+      segments: int32[B, T] or None; with packing, a token sees its own segment only.
+      mesh: where given, activations are split over it, batch over (data, fsdp).
+      platform: what the program will run on, for the choice of kernels; None is the mesh's, and plain XLA without one.
+
+    Returns:
+      [B, T, D] in the config's dtype.
+    """
+    chex.assert_rank(tokens, 2)
+    batch, length = tokens.shape
+    platform = _platform(mesh, platform)
+    positions = jnp.arange(length)[None]
+
+    def run(layer: int):
+        rotation = _rotation(positions, config, layer)
+
+        def attend(queries, keys, values):
+            out = causal_attention(
+                queries,
+                keys,
+                values,
+                config=config.attention(layer),
+                segments=segments,
+                platform=platform,
+                mesh=mesh,
+            )
+            return out, None
+
+        def apply_layer(x, layer_params):
+            variables = {"params": layer_params}
+            x, _ = Block(config).apply(variables, x, batch, rotation, attend)
+            return _constrain(x, mesh)
+
+        if config.remat == "none":
+            return apply_layer
+        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = dots if config.remat == "dots" else None
+        return jax.checkpoint(apply_layer, policy=policy)
+
+    if config.learned_positions is not None:
+        if segments is not None:
+            raise ValueError(
+                "learned positions count from the start of a row, so rows cannot be packed; use rotary embeddings"
+            )
+        if length > config.learned_positions:
+            raise ValueError(
+                f"sequences of {length} tokens exceed learned_positions {config.learned_positions}; raise it"
+            )
+    x = _constrain(_embed(config, params, tokens, positions), mesh)
+    # A scan walks over whole periods, so that what differs between layers stays static; the rest is unrolled.
+    period = config.period
+    scanned = config.num_layers // period * period if config.scan_layers else 0
+    layers = params["layers"]
+    if scanned:
+        stacked = jax.tree.map(
+            lambda p: p[:scanned].reshape(-1, period, *p.shape[1:]), layers
+        )
+
+        def body(x, period_params):
+            for layer in range(period):
+                x = run(layer)(x, _layer(period_params, layer))
+            return x, None
+
+        x, _ = jax.lax.scan(body, x, stacked)
+    for layer in range(scanned, config.num_layers):
+        x = run(layer)(x, _layer(layers, layer))
+    x = _normed(config, params, x)
+    return x.reshape(batch, length, config.embed_dim)
+
+
+def unembedding(config: ModelConfig, params: Params) -> jax.Array:
+    """[D, V] in the config's dtype: what hidden states are multiplied by."""
+    tied = config.tied_embeddings
+    matrix = params["embed"]["embedding"].T if tied else params["unembed"]["kernel"]
+    return matrix.astype(config.dtype)
+
+
+def apply(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    segments: jax.Array | None = None,
+    mesh: Mesh | None = None,
+    platform: str | None = None,
+) -> jax.Array:
+    """Logits f32[B, T, V]; `[b, t]` predicts token t + 1. Arguments as for `hidden`."""
+    states = hidden(config, params, tokens, segments, mesh=mesh, platform=platform)
+    return _logits(config, params, states)
+
+
+def token_logps_fn(
+    config: ModelConfig,
+    *,
+    chunk_size: int = 1024,
+    mesh: Mesh | None = None,
+    platform: str | None = None,
+) -> Callable[..., jax.Array]:
+    """A LogpsFn that never holds `[B, T, V]`.
+
+    Args:
+      config: ModelConfig.
+      chunk_size: positions whose logits exist at one time.
+      mesh, platform: as for `hidden`.
+
+    Returns:
+      `(params, tokens int32[B, T], segments int32[B, T] | None = None) -> f32[B, T]`, nats, aligned to tokens. The first
+      token of every row, and of every segment, gets 0: nothing predicts it.
+    """
+
+    def softcap(logits):
+        return _softcap(logits, config.logit_softcap)
+
+    # The last token predicts nothing. On a CPU it need not be run; accelerators prefer lengths that are powers of two.
+    drop_last = _platform(mesh, platform) in (None, "cpu")
+
+    def logps_fn(params, tokens, segments=None):
+        stop = tokens.shape[1] - 1 if drop_last and tokens.shape[1] > 1 else None
+        states = hidden(
+            config,
+            params,
+            tokens[:, :stop],
+            None if segments is None else segments[:, :stop],
+            mesh=mesh,
+            platform=platform,
+        )
+        result = logps.chunked_token_logps(
+            states,
+            unembedding(config, params),
+            tokens,
+            chunk_size=chunk_size,
+            logits_fn=softcap,
+        )
+        if segments is None:
+            return result
+        starts = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+        return jnp.where(starts, 0.0, result)
+
+    return logps_fn
+
+
+# Decoding.
+
+
+def init_cache(
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    dtype: Any = None,
+    *,
+    mesh: Mesh | None = None,
+) -> Cache:
+    """An empty cache for `batch` rows of up to `length` slots.
+
+    One key and one value array `[B, K, length, hd]` per layer, written in place. All rows write to the same slot at a
+    time, and each slot remembers the position that its token has in its row (−1: none), so that ragged prompts need no
+    scatter. Every array of the cache but the slot counter has the batch as axis 0.
+
+    Args:
+      config: ModelConfig.
+      batch, length: sizes; writing past `length` is not detected.
+      dtype: of keys and values; the config's by default.
+      mesh: where given, batch is split over (data, fsdp) and heads over tensor.
+    """
+    shape = (batch, config.kv_heads, length, config.width)
+
+    def empty():
+        array = jnp.zeros(shape, dtype or config.dtype)
+        return _constrain(array, mesh, "tensor", None, None)
+
+    return {
+        "keys": tuple(empty() for _ in range(config.num_layers)),
+        "values": tuple(empty() for _ in range(config.num_layers)),
+        "positions": jnp.full((batch, length), -1, jnp.int32),
+        "slot": None,
+    }
+
+
+def decode_params(config: ModelConfig, params: Params) -> Params:
+    """Parameters as decoding reads them: matrices in the config's dtype, layers taken apart.
+
+    `decode_fn` takes either form. Made once before a loop, this one spares every step of the loop the conversion.
+    """
+
+    def cast(p):
+        return p.astype(config.dtype) if p.ndim > 1 else p
+
+    layers = tuple(_layer(params["layers"], i) for i in range(config.num_layers))
+    return jax.tree.map(cast, {**params, "layers": layers})
+
+
+def decode_fn(
+    config: ModelConfig, *, mesh: Mesh | None = None, platform: str | None = None
+) -> DecodeFn:
+    """A DecodeFn: new tokens in, the logits after the last of them out, the cache grown by them.
+
+    Into an empty cache a whole batch of prompts goes at once, padded on the right, with the kernels of training
+    (`slot` is None in an empty cache, so this is decided while tracing). Afterwards any number of tokens may follow,
+    usually one.
+
+    Args:
+      config: ModelConfig.
+      mesh, platform: as for `hidden`.
+
+    Returns:
+      `(params, tokens int32[B, S], positions int32[B, S], cache) -> (logits f32[B, V], cache)`; `positions` count from
+      0 in each row, −1 marks padding; the logits are those after each row's token of the highest position.
+    """
+    platform = _platform(mesh, platform)
+
+    def decode(params, tokens, positions, cache):
+        batch, count = tokens.shape
+        prefill = cache["slot"] is None
+        slot = jnp.int32(0) if prefill else cache["slot"]
+        if count > cache["positions"].shape[1]:
+            raise ValueError(
+                f"{count} tokens do not fit a cache of length {cache['positions'].shape[1]}; make it as long as prompt "
+                "and completion together"
+            )
+        slot_positions = jax.lax.dynamic_update_slice(
+            cache["positions"], positions, (0, slot)
+        )
+        x = _constrain(_embed(config, params, tokens, positions), mesh)
+        new_keys, new_values = [], []
+        for layer in range(config.num_layers):
+
+            def attend(queries, keys, values, layer=layer):
+                written = tuple(
+                    jax.lax.dynamic_update_slice(
+                        old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, slot, 0)
+                    )
+                    for old, new in (
+                        (cache["keys"][layer], keys),
+                        (cache["values"][layer], values),
+                    )
+                )
+                attention = config.attention(layer)
+                if prefill:
+                    out = causal_attention(
+                        queries,
+                        keys,
+                        values,
+                        config=attention,
+                        platform=platform,
+                        mesh=mesh,
+                    )
+                else:
+                    out = cached_attention(
+                        queries,
+                        *written,
+                        config=attention,
+                        positions=positions,
+                        slot_positions=slot_positions,
+                    )
+                return out.astype(queries.dtype), written
+
+            x, (keys, values) = Block(config).apply(
+                {"params": _layer(params["layers"], layer)},
+                x,
+                batch,
+                _rotation(positions, config, layer),
+                attend,
+            )
+            new_keys.append(keys)
+            new_values.append(values)
+        # The last token only: the logits of a whole prompt batch would dwarf the cache.
+        last = jnp.argmax(positions, axis=1)
+        x = x.reshape(batch, count, config.embed_dim)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        x = _normed(config, params, x)
+        cache = {
+            "keys": tuple(new_keys),
+            "values": tuple(new_values),
+            "positions": slot_positions,
+            "slot": slot + count,
+        }
+        return _logits(config, params, x), cache
+
+    return decode
+
+
+# Parts of the forward pass.
+
+
+def _final_norm(config: ModelConfig) -> Norm:
+    return Norm(config, config.norm == "layer")
+
+
+def _normed(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    variables = {"params": params["final_norm"]}
+    normed: Any = _final_norm(config).apply(variables, x)
+    return normed
+
+
+def _layer(layers: Params, index: int) -> Params:
+    """One layer's parameters, of stacked ones or of a tuple."""
+    if isinstance(layers, tuple):
+        return layers[index]
+    return jax.tree.map(lambda p: p[index], layers)
+
+
+def _embed(
+    config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """[B · S, D]."""
+    x = params["embed"]["embedding"][tokens.reshape(-1)].astype(config.dtype)
+    if config.scale_embedding:
+        x = x * jnp.asarray(config.embed_dim**0.5, x.dtype)
+    if config.learned_positions is not None:
+        at = jnp.broadcast_to(jnp.maximum(positions, 0), tokens.shape).reshape(-1)
+        x = x + params["positions"]["embedding"][at].astype(config.dtype)
+    return x
+
+
+def _logits(config: ModelConfig, params: Params, states: jax.Array) -> jax.Array:
+    matrix = unembedding(config, params)
+    logits = jnp.dot(states, matrix, preferred_element_type=jnp.float32)
+    return _softcap(logits, config.logit_softcap)
+
+
+def _softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _rotation(positions: jax.Array, config: ModelConfig, layer: int):
+    """cos and sin f32[B, S, 1, r / 2] of the angles by which a layer turns its queries and keys; None turns nothing."""
+    if config.learned_positions is not None:
+        return None
+    local = config.is_local(layer)
+    theta = (config.local_rope_theta if local else None) or config.rope_theta
+    scale = 1.0 if local else config.rope_scale
+    exponents = jnp.arange(0, config.rotary_dim, 2) / config.rotary_dim
+    frequencies = theta**-exponents
+    if config.rope_llama3 is not None and not local:
+        factor, low, high, length = config.rope_llama3
+        turns = length * frequencies / (2 * jnp.pi)
+        kept = jnp.clip((turns - low) / (high - low), 0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
+    angles = positions[..., None].astype(jnp.float32) / scale * frequencies
+    return jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+
+
+def _rotate(x: jax.Array, rotation) -> jax.Array:
+    """Turns pairs (i, i + r/2) of the first r dimensions of every head."""
+    if rotation is None:
+        return x
+    cos, sin = rotation
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def _platform(mesh: Mesh | None, platform: str | None) -> str | None:
+    if platform is None and mesh is not None:
+        return mesh.devices.flat[0].platform
+    return platform
+
+
+def _constrain(x: jax.Array, mesh: Mesh | None, *rest: str | None) -> jax.Array:
+    """Splits axis 0 over (data, fsdp), which holds for `[B, ...]` and `[B · T, D]` alike."""
+    if mesh is None:
+        return x
+    spec = P(("data", "fsdp"), *rest)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

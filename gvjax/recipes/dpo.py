@@ -1,0 +1,137 @@
+"""The offline road: the policy learns from the pairs themselves."""
+
+import functools
+import inspect
+
+import jax.numpy as jnp
+
+from gvjax import config, losses, steps
+from gvjax.recipes import checks, loop
+from gvjax.recipes.evaluation import evaluate_margins
+from gvjax.recipes.ground import Ground, cached, make_optimizer, rows_at
+from gvjax.recipes.inputs import Inputs
+from gvjax.recipes.pairs import implicit_margins
+
+
+def train(
+    settings: config.DpoSection,
+    inputs: Inputs,
+    run: loop.Run,
+    *,
+    select: loop.Select = "best",
+) -> loop.Trained:
+    """Trains a policy on preference pairs.
+
+    Args:
+      settings: the loss and how to minimise it.
+      inputs: the pairs, the starting policy and what checkpoints are chosen by.
+      run: where it is kept.
+      select: `best` keeps the checkpoint with the highest gold reward on validation prompts, `last` the last.
+    """
+    ground, pairs = inputs.ground, inputs.required_pairs()
+    compiled, schedule = _program(ground, settings)
+    state = compiled.start(inputs.policy)
+
+    def batch_at(round_: int):
+        rows = rows_at(
+            inputs.seed, "pair order", len(pairs), settings.batch_size, round_
+        )
+        return pairs.batch(rows, ground.pad_id)
+
+    def advance(state, round_):
+        state, metrics = compiled.step(state, ground.put(batch_at(round_)))
+        if round_ == 0 and (expected := first_loss(settings)) is not None:
+            checks.check_first_loss(float(metrics["loss"]), expected, settings.loss)
+        return state, metrics
+
+    first = batch_at(0)
+    checks.check_same_everywhere(first)
+    checks.check_masks(first.chosen)
+    checks.check_reference(ground, inputs.policy, first)
+    return loop.train(
+        run,
+        state,
+        advance,
+        rounds=settings.steps,
+        evaluate=functools.partial(evaluate, inputs),
+        evaluate_every=settings.evaluate_every,
+        select=select,
+        shown=("loss", "rewards/accuracies", "gold", "kl"),
+        learning_rate=schedule,
+        trained_on=compiled.trained_on,
+    )
+
+
+def evaluate(inputs: Inputs, params) -> dict[str, float]:
+    """The policy on validation prompts, and its implicit reward as a scorer of held-out pairs at its best β."""
+    numbers = inputs.evaluate(params)
+    if inputs.heldout is not None:
+        heldout = inputs.heldout
+        found = evaluate_margins(
+            implicit_margins(inputs.ground, params, heldout),
+            heldout.chosen_gold - heldout.rejected_gold,
+            fit_scale=True,
+        )
+        numbers["implicit_log_likelihood"] = found.log_likelihood
+        numbers["implicit_accuracy"] = found.accuracy
+        numbers["implicit_gold_accuracy"] = found.gold_accuracy
+    return numbers
+
+
+def make_loss(settings: config.DpoSection) -> losses.Loss:
+    """The configured loss, with β and other options bound, plus the weighted likelihood of the chosen completion.
+
+    Raises:
+      ValueError: the loss is unknown, needs another kind of data, or does not take an option.
+    """
+    loss = _named(settings.loss)
+    parameters = inspect.signature(loss).parameters.values()
+    options = [each.name for each in parameters if each.default is not each.empty]
+    bound: dict[str, float | int] = dict(settings.loss_options)
+    if settings.beta is not None:
+        bound["beta"] = settings.beta
+    for name in bound:
+        if name not in options:
+            raise ValueError(
+                f"the loss {settings.loss} takes no {name}; it takes {', '.join(options) or 'no options'}"
+            )
+    loss = functools.partial(loss, **bound)
+    losses.arguments(loss)
+    if settings.nll_weight:
+        loss = losses.weighted_sum((1.0, loss), (settings.nll_weight, losses.nll_loss))
+    return loss
+
+
+def _named(name: str) -> losses.Loss:
+    """A loss by TRL's name, or by import path."""
+    if ":" in name:
+        return config.import_object(name)
+    return losses.TRL_NAMES[config.known(name, losses.TRL_NAMES, "settings.loss")]
+
+
+def first_loss(settings: config.DpoSection) -> float | None:
+    """The loss of a policy that equals its reference, where the loss looks at log-ratios only; else None."""
+    loss = make_loss(settings)
+    of_ratios = (
+        "chosen_logps",
+        "rejected_logps",
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+    )
+    if set(losses.arguments(loss)) != set(of_ratios):
+        return None
+    zero = jnp.zeros(2)
+    return float(loss(**dict.fromkeys(of_ratios, zero))[0])
+
+
+@cached
+def _program(ground: Ground, settings: config.DpoSection):
+    tx, schedule = make_optimizer(settings.optimizer, settings.steps)
+    step = steps.make_preference_step(
+        ground.logps_fn,
+        tx,
+        loss=make_loss(settings),
+        beta=settings.beta,
+        num_microbatches=settings.num_microbatches,
+    )
+    return ground.compiler(step, tx), schedule

@@ -1,0 +1,469 @@
+"""What every arm stands on: one network, one mesh, one token layout, one rule for random numbers and data order."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gvjax import config, optim, sampling, sharding, steps, tasks
+from gvjax.models import heads, transformer
+from gvjax.models.transformer import ModelConfig
+from gvjax.tasks.task import Completions, Prompts, Task
+from gvjax.types import (
+    LogpsFn,
+    Metrics,
+    Params,
+    RewardFn,
+    Rollouts,
+    SequenceBatch,
+    Step,
+    TrainState,
+)
+
+Built = TypeVar("Built")
+
+
+WHOLE_VOCABULARY_RULES = (
+    ("embed/embedding", P(None, "fsdp")),
+    ("unembed/kernel", P("fsdp", None)),
+)
+"""In front of a model's rules: its vocabulary is not split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ground:
+    """The static things that compiled programs depend on; two tasks of the same shape share their programs.
+
+    Attributes:
+      model: the network, of policies and of reward models' trunks.
+      mesh: the devices.
+      eos_id: the token that ends a completion, or None where all have `completion_length` tokens.
+      pad_id: what stands behind completions.
+      prompt_length, completion_length: the longest of each, in tokens.
+    """
+
+    model: ModelConfig
+    mesh: Mesh
+    eos_id: int | None
+    pad_id: int
+    prompt_length: int
+    completion_length: int
+
+    @property
+    def logps_fn(self) -> LogpsFn:
+        """Token log-probabilities of the network."""
+        return transformer.token_logps_fn(self.model, mesh=self.mesh)
+
+    def reward_fn(self, pooling: heads.Pooling) -> RewardFn:
+        """The reward model over this network's trunk."""
+        return heads.reward_fn(self.model, pooling=pooling, mesh=self.mesh)
+
+    @property
+    def rules(self) -> sharding.Rules:
+        """Where every parameter lives, of policies and of reward models.
+
+        A vocabulary that does not divide over the tensor axis stays whole on it: tasks have a few dozen tokens, and
+        padding them up would put tokens into the model that no task knows.
+        """
+        if self.model.vocab_size % self.mesh.shape["tensor"] == 0:
+            return heads.PARTITION_RULES
+        return (*WHOLE_VOCABULARY_RULES, *heads.PARTITION_RULES)
+
+    def put(self, batch: Any) -> Any:
+        """A batch of host arrays, on the mesh."""
+        return sharding.put_batch(self.mesh, batch)
+
+    def init_policy(self, key: jax.Array) -> Params:
+        """Random parameters of a policy."""
+        return sharding.init_sharded(
+            lambda key: transformer.init(key, self.model),
+            self.mesh,
+            self.rules,
+            key,
+        )
+
+    def init_reward_model(
+        self, key: jax.Array, policy: Params, *, zero_head: bool
+    ) -> Params:
+        """A reward model that starts from a policy's trunk."""
+        return sharding.init_sharded(
+            lambda key, policy: heads.init(key, self.model, policy, zero=zero_head),
+            self.mesh,
+            self.rules,
+            key,
+            policy,
+        )
+
+    def policy_shapes(self) -> Params:
+        """A policy's parameters as ShapeDtypeStructs on this mesh: what a restore aims at."""
+        return self._abstract(transformer.init_shapes(self.model))
+
+    def reward_model_shapes(self) -> Params:
+        """A reward model's parameters as ShapeDtypeStructs on this mesh."""
+        shapes = jax.eval_shape(lambda: heads.init(jax.random.key(0), self.model))
+        return self._abstract(shapes)
+
+    def _abstract(self, shapes: Params) -> Params:
+        placed = sharding.shardings(self.mesh, shapes, self.rules)
+        return sharding.abstract(shapes, placed)
+
+    def compiler(
+        self, step: Step, tx: optax.GradientTransformation
+    ) -> "CompiledTraining":
+        """A train step and the making of its first state, each compiled once for the mesh."""
+        return CompiledTraining(self, step, tx)
+
+
+class CompiledTraining:
+    """A train step on a mesh: `start(params)` makes the state, `step(state, batch)` donates it and returns the next."""
+
+    def __init__(self, ground: Ground, step: Step, tx: optax.GradientTransformation):
+        self._ground = ground
+        self._plain_step = step
+        self._start = jax.jit(functools.partial(steps.init_train_state, tx=tx))
+        self._layout: Any = None
+        self._batch: Any = None
+        self._step: sharding.ShardedStep | None = None
+
+    def start(self, params: Params) -> TrainState:
+        """The state at step 0; it shares no buffer with `params`."""
+        if self._layout is None:
+            shapes = jax.eval_shape(self._start, params)
+            mesh, rules = self._ground.mesh, self._ground.rules
+            self._layout = sharding.shardings(mesh, shapes, rules)
+            self._start = jax.jit(self._start, out_shardings=self._layout)
+            self._step = sharding.jit_step(self._plain_step, mesh, self._layout)
+        return self._start(params)
+
+    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """One update of a batch that lies on the mesh."""
+        if self._step is None:
+            raise ValueError("make the state with start(params) first")
+        # What another program made (rollouts, advantages) may lie otherwise; where it lies right, nothing moves.
+        self._batch = batch = jax.tree.map(self._place, batch)
+        state, metrics = self._step(state, batch)
+        return state, dict(metrics)
+
+    def _place(self, leaf: jax.Array) -> jax.Array:
+        split = sharding.batch_sharding(self._ground.mesh)
+        if jnp.ndim(leaf) == 0:
+            split = NamedSharding(self._ground.mesh, P())
+        return jax.device_put(leaf, split)
+
+    def trained_on(self) -> Any:
+        """The batch of the latest update."""
+        return self._batch
+
+
+def make_optimizer(
+    section: config.OptimizerSection, updates: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The configured AdamW and its learning rate, for a run of so many updates."""
+    schedule = optim.make_schedule(
+        section.learning_rate,
+        schedule=section.schedule,
+        steps=updates,
+        warmup_steps=section.warmup_steps,
+    )
+    tx = optim.make_adamw(
+        schedule,
+        b1=section.b1,
+        b2=section.b2,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+    )
+    return tx, schedule
+
+
+def task_of(section: config.TaskSection, seed: int) -> Task:
+    """The task instance of one seed.
+
+    Raises:
+      ConfigError: there is no such task, or it does not take an option.
+    """
+    options: dict[str, Any] = {"seed": seed, **section.options}
+    try:
+        return tasks.load(section.name, **options)
+    except (ValueError, TypeError) as error:
+        raise config.ConfigError(f"task: {error}") from None
+
+
+def ground_of(task: Task, model: dict[str, Any], mesh: config.MeshSection) -> Ground:
+    """The ground for a task.
+
+    Args:
+      task: gives the vocabulary and the lengths.
+      model: fields of ModelConfig without vocab_size.
+      mesh: sizes of the mesh axes.
+
+    Raises:
+      ConfigError: a model field is unknown or impossible, or the mesh does not fit the devices or the network.
+    """
+    if "vocab_size" in model:
+        raise config.ConfigError(
+            f"model.vocab_size is given, but the task has {task.vocab_size} tokens; take it out of the config"
+        )
+    shape = config.dataclass_from(
+        ModelConfig, {**model, "vocab_size": task.vocab_size}, "model"
+    )
+    length = task.max_prompt_length + task.max_completion_length
+    if shape.learned_positions is not None and shape.learned_positions < length:
+        raise config.ConfigError(
+            f"model.learned_positions is {shape.learned_positions}, but prompt and completion have up to {length}"
+            f" tokens; use at least {length}"
+        )
+    try:
+        devices = sharding.make_mesh(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor)
+        for name in ("num_heads", "kv_heads"):
+            sharding.check_tensor_size(devices, getattr(shape, name), f"model.{name}")
+        ground = Ground(
+            model=shape,
+            mesh=devices,
+            eos_id=task.eos_id,
+            pad_id=task.pad_id,
+            prompt_length=task.max_prompt_length,
+            completion_length=task.max_completion_length,
+        )
+        ground.policy_shapes()
+    except ValueError as error:
+        raise config.ConfigError(f"mesh: {error}") from None
+    return ground
+
+
+def cached(build: Callable[..., Built]) -> Callable[..., Built]:
+    """Builds a program once for each (ground, settings), so that seeds and sweeps share compiled code.
+
+    Everything a program depends on must be in its arguments: hashable values, or config sections.
+    """
+    built: dict[Any, Built] = {}
+
+    @functools.wraps(build)
+    def lookup(*arguments):
+        key = tuple(
+            argument.model_dump_json()
+            if isinstance(argument, config.Section)
+            else argument
+            for argument in arguments
+        )
+        if key not in built:
+            built[key] = build(*arguments)
+        return built[key]
+
+    return lookup
+
+
+# Random numbers and data order: pure functions of (seed, role, step).
+
+
+def role_key(seed: int, role: str, step: int = 0) -> jax.Array:
+    """The random key of one role at one step of one seed."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(role.encode()))
+    return jax.random.fold_in(key, step)
+
+
+def role_rng(seed: int, role: str, step: int = 0) -> np.random.Generator:
+    """The host's random numbers of one role at one step of one seed."""
+    return np.random.default_rng([seed, zlib.crc32(role.encode()), step])
+
+
+def rows_at(seed: int, role: str, count: int, batch_size: int, step: int) -> np.ndarray:
+    """int64[batch_size]: the rows of step `step` when `count` rows are walked through epoch by epoch, reshuffled.
+
+    A function of its arguments alone, so a resumed run goes on exactly where it was.
+    """
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = places // count
+    order = {
+        epoch: role_rng(seed, role, int(epoch)).permutation(count)
+        for epoch in np.unique(epochs)
+    }
+    return np.array(
+        [order[epoch][place % count] for epoch, place in zip(epochs, places)]
+    )
+
+
+# Between tasks and steps.
+
+
+def sequences(prompts: Prompts, completions: Completions, pad_id: int) -> SequenceBatch:
+    """Prompts and completions in the one layout: prompt, completion, padding on the right.
+
+    Args:
+      prompts, completions: a row each.
+      pad_id: what stands behind.
+
+    Returns:
+      SequenceBatch of host arrays [B, P + C].
+    """
+    width = prompts.tokens.shape[1] + completions.tokens.shape[1]
+    places = np.arange(width)[None]
+    start = prompts.lengths[:, None]
+    inside = (places >= start) & (places < start + completions.lengths[:, None])
+    wide_prompts = np.pad(
+        prompts.tokens, ((0, 0), (0, width - prompts.tokens.shape[1]))
+    )
+    at = np.clip(places - start, 0, completions.tokens.shape[1] - 1)
+    wide_completions = np.take_along_axis(completions.tokens, at, axis=1)
+    tokens = np.where(
+        places < start, wide_prompts, np.where(inside, wide_completions, pad_id)
+    )
+    return host_sequences(tokens.astype(np.int32), inside)
+
+
+def host_sequences(tokens: Any, completion_mask: Any) -> SequenceBatch:
+    """A SequenceBatch of host arrays, which `Ground.put` places on the mesh."""
+    return SequenceBatch(tokens, completion_mask)
+
+
+def completions_of(rollouts: Rollouts, width: int) -> Completions:
+    """The sampled completions of rollouts, as a task reads them."""
+    tokens, mask = sharding.fetch((rollouts.tokens, rollouts.completion_mask))
+    start = np.where(mask.any(axis=1), mask.argmax(axis=1), tokens.shape[1])
+    at = np.clip(start[:, None] + np.arange(width), 0, tokens.shape[1] - 1)
+    return Completions(
+        np.take_along_axis(tokens, at, axis=1), mask.sum(axis=1, dtype=np.int32)
+    )
+
+
+# Programs every recipe uses.
+
+
+@cached
+def sampler(
+    ground: Ground, num_samples: int, temperature: float = 1.0
+) -> Callable[..., Rollouts]:
+    """Compiled sampling of N · num_samples rows.
+
+    Returns:
+      `(params, prompts int32[N, P], lengths int32[N], key, prompt_ids int32[N]) -> Rollouts`.
+    """
+    decode = transformer.decode_fn(ground.model, mesh=ground.mesh)
+    init_cache = functools.partial(
+        transformer.init_cache, ground.model, mesh=ground.mesh
+    )
+
+    @jax.jit
+    def sample(params, prompts, lengths, key, prompt_ids):
+        return sampling.generate(
+            decode,
+            init_cache,
+            transformer.decode_params(ground.model, params),
+            prompts,
+            lengths,
+            key,
+            max_new_tokens=ground.completion_length,
+            num_samples=num_samples,
+            eos_id=ground.eos_id,
+            pad_id=ground.pad_id,
+            temperature=temperature,
+            allow_truncated_support=temperature == 0,
+            prompt_ids=prompt_ids,
+        )
+
+    return sample
+
+
+@cached
+def scorer(ground: Ground) -> Callable[[Params, SequenceBatch], jax.Array]:
+    """Compiled scoring: `(params, SequenceBatch) -> f32[B, T]`, log-probabilities of the completion tokens."""
+    return jax.jit(functools.partial(steps.completion_logps, ground.logps_fn))
+
+
+@cached
+def reward_scorer(
+    ground: Ground, pooling: heads.Pooling
+) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
+    """Compiled reward model: `(params, tokens, completion_mask) -> f32[B]`."""
+    return jax.jit(ground.reward_fn(pooling))
+
+
+def in_parts(ground: Ground, rows: int, most: int) -> list[np.ndarray]:
+    """Row numbers in parts of one size, at most about `most`, the last filled up by repeating its final row.
+
+    One shape for every call means one compiled program; the size divides over the mesh.
+    """
+    shards = ground.mesh.shape["data"] * ground.mesh.shape["fsdp"]
+    parts = -(-rows // max(most, 1))
+    size = -(-rows // (parts * shards)) * shards
+    return [
+        np.minimum(np.arange(first, first + size), rows - 1)
+        for first in range(0, rows, size)
+    ]
+
+
+def sample_all(
+    ground: Ground,
+    params: Params,
+    prompts: Prompts,
+    key: jax.Array,
+    *,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    part: int = 512,
+) -> Rollouts:
+    """Samples for any number of prompts, in compiled parts; host arrays.
+
+    Args:
+      ground, params: the policy.
+      prompts: any number of rows.
+      key: consumed; each prompt's draws come from its row number, whatever the parts.
+      num_samples: completions per prompt.
+      temperature: >= 0; only samples drawn at 1 may be learned from.
+      part: completions in one compiled call.
+    """
+    sample = sampler(ground, num_samples, temperature)
+    made = []
+    for rows in in_parts(ground, len(prompts), part // num_samples):
+        placed = ground.put((prompts.tokens[rows], prompts.lengths[rows], rows))
+        rollouts = sample(params, *placed[:2], key, placed[2])
+        made.append(sharding.fetch(rollouts))
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts), *made)
+    return jax.tree.map(lambda rows: rows[: len(prompts) * num_samples], joined)
+
+
+def score_all(
+    ground: Ground, params: Params, batch: SequenceBatch, *, part: int = 512
+) -> np.ndarray:
+    """f32[B]: summed log-probability of each completion, for any number of rows, nats."""
+    return _in_parts(
+        ground,
+        lambda rows: jnp.sum(scorer(ground)(params, rows), axis=1),
+        batch,
+        part,
+    )
+
+
+def reward_all(
+    ground: Ground,
+    pooling: heads.Pooling,
+    params: Params,
+    batch: SequenceBatch,
+    *,
+    part: int = 512,
+) -> np.ndarray:
+    """f32[B]: the reward model's reward of each completion, for any number of rows."""
+    score = reward_scorer(ground, pooling)
+    return _in_parts(
+        ground,
+        lambda rows: score(params, rows.tokens, rows.completion_mask),
+        batch,
+        part,
+    )
+
+
+def _in_parts(ground, function, batch: SequenceBatch, part: int) -> np.ndarray:
+    count = len(batch.tokens)
+    made = []
+    for rows in in_parts(ground, count, part):
+        some = SequenceBatch(batch.tokens[rows], batch.completion_mask[rows])
+        made.append(sharding.fetch(function(ground.put(some))))
+    return np.concatenate(made)[:count]

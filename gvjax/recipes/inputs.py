@@ -1,0 +1,69 @@
+"""What every recipe after SFT is given, the same for all arms of a study."""
+
+import dataclasses
+
+from gvjax.recipes.evaluation import evaluate_policy
+from gvjax.recipes.ground import Ground, rows_at
+from gvjax.recipes.pairs import Pairs
+from gvjax.recipes.rewards import RewardModel
+from gvjax.tasks.task import Prompts, Task
+from gvjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The equal footing.
+
+    Attributes:
+      ground: network, mesh and layout.
+      task: prompts and gold reward.
+      seed: of data order and sampling.
+      policy: parameters of the starting policy, which is the reference too.
+      reference: parameters of the policy that KL is reported to (the SFT policy).
+      prompts: training prompts; the online road samples on the same ones that the pairs are about.
+      validation: prompts on which checkpoints and settings are chosen.
+      pairs: the preference data; None where the recipe does not read any.
+      heldout: labelled pairs that scorers are judged on; None where there are none.
+      reward_model: the learned verifier; None where the recipe uses none.
+    """
+
+    ground: Ground
+    task: Task
+    seed: int
+    policy: Params
+    reference: Params
+    prompts: Prompts
+    validation: Prompts
+    pairs: Pairs | None = None
+    heldout: Pairs | None = None
+    reward_model: RewardModel | None = None
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """Gold reward, KL to the reference policy and length on the validation prompts."""
+        return evaluate_policy(
+            self.ground,
+            self.task,
+            params,
+            self.reference,
+            self.validation,
+            seed=self.seed,
+            role="validation",
+        ).summary()
+
+    def prompts_at(self, role: str, count: int, step: int) -> Prompts:
+        """The training prompts of one step."""
+        return self.prompts.take(
+            rows_at(self.seed, role, len(self.prompts), count, step)
+        )
+
+    def required_pairs(self) -> Pairs:
+        """The pairs.
+
+        Raises:
+          ValueError: there are none.
+        """
+        if self.pairs is None:
+            raise ValueError(
+                "this recipe learns from preference pairs and was given none"
+            )
+        return self.pairs

@@ -1,0 +1,143 @@
+"""The online road with the offline loss: DPO on samples of the policy, labelled by the reward model.
+
+Two kinds of label. *Hard*: of the samples of a prompt, the best by reward is chosen and the worst rejected, as in the
+paper's experiments; its population loss has no finite optimum, so it works as an early-stopped, high-contrast update.
+*Soft*: samples are paired at random and both orders weighed by the reward model's probability; its optimum is exactly
+the soft-optimal policy of the reward model.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gvjax import config, losses, steps
+from gvjax.recipes import checks, loop
+from gvjax.recipes.ground import Ground, cached, make_optimizer
+from gvjax.recipes.inputs import Inputs
+from gvjax.recipes.rounds import Sampler, Sampling
+from gvjax.types import PreferenceBatch, Rollouts, SequenceBatch
+
+
+def train(
+    settings: config.OnlineDpoSection,
+    inputs: Inputs,
+    run: loop.Run,
+    *,
+    select: loop.Select = "last",
+) -> loop.Trained:
+    """Trains a policy on its own, labelled samples.
+
+    Args:
+      settings: how samples are drawn, labelled and learned from.
+      inputs: prompts, starting policy (the reference too) and reward model.
+      run: where it is kept.
+      select: see `loop.train`.
+    """
+    ground = inputs.ground
+    compiled, schedule, pair_up, add_ref = _program(ground, settings)
+    state = compiled.start(inputs.policy)
+    plan = Sampling(
+        "online dpo", settings.prompts_per_step, settings.samples_per_prompt
+    )
+    sample = Sampler(inputs, settings.rewards, plan, run.clock)
+    continual = settings.generation == "continual"
+
+    def advance(state, round_):
+        # Sampling every round from the starting policy is the same as sampling all rounds beforehand.
+        rollouts = sample(state.params if continual else inputs.policy, round_)
+        batch = add_ref(inputs.policy, pair_up(rollouts))
+        for _ in range(settings.epochs):
+            state, metrics = compiled.step(state, batch)
+        metrics["objective/scores"] = jnp.mean(rollouts.scored())
+        metrics["objective/scores_margin"] = jnp.mean(batch.margin)
+        if round_ == 0 and settings.epochs == 1 and settings.labels == "hard":
+            checks.check_first_loss(float(metrics["loss"]), 0.6931472, "online DPO")
+        return state, metrics
+
+    return loop.train(
+        run,
+        state,
+        advance,
+        rounds=settings.steps,
+        evaluate=inputs.evaluate,
+        evaluate_every=settings.evaluate_every,
+        select=select,
+        shown=("objective/scores", "gold", "kl"),
+        learning_rate=schedule,
+        trained_on=compiled.trained_on,
+        updates_per_round=settings.epochs,
+    )
+
+
+def hard_pairs(rollouts: Rollouts, group_size: int) -> PreferenceBatch:
+    """The best of each group against its worst.
+
+    Args:
+      rollouts: N · group_size rows with rewards, a prompt's together.
+      group_size: >= 2.
+
+    Returns:
+      PreferenceBatch of N rows; a group of equal rewards has weight 0.
+    """
+    rewards = rollouts.scored().reshape(-1, group_size)
+    first = jnp.arange(rewards.shape[0]) * group_size
+    best, worst = first + rewards.argmax(axis=1), first + rewards.argmin(axis=1)
+    batch = rollout_pairs(rollouts, best, worst)
+    unequal = rewards.max(axis=1) > rewards.min(axis=1)
+    return dataclasses.replace(batch, weight=unequal.astype(jnp.float32))
+
+
+def soft_pairs(rollouts: Rollouts, group_size: int) -> PreferenceBatch:
+    """Neighbouring samples of each group, with the probability that the reward model gives to their order.
+
+        P(chosen ≻ rejected) = σ(r(chosen) − r(rejected))
+
+    Args:
+      Those of `hard_pairs`; group_size is even.
+
+    Returns:
+      PreferenceBatch of N · group_size / 2 rows.
+    """
+    first = jnp.arange(0, rollouts.tokens.shape[0], 2)
+    batch = rollout_pairs(rollouts, first, first + 1)
+    rewards = rollouts.scored()
+    probability = jax.nn.sigmoid(rewards[first] - rewards[first + 1])
+    return dataclasses.replace(batch, chosen_probability=probability)
+
+
+def rollout_pairs(
+    rollouts: Rollouts, chosen: jax.Array, rejected: jax.Array
+) -> PreferenceBatch:
+    """Pairs of the given rows, with the difference of their rewards as margin and no reference yet."""
+
+    def rows(index):
+        return SequenceBatch(rollouts.tokens[index], rollouts.completion_mask[index])
+
+    return PreferenceBatch(
+        chosen=rows(chosen),
+        rejected=rows(rejected),
+        margin=rollouts.scored()[chosen] - rollouts.scored()[rejected],
+    )
+
+
+@cached
+def _program(ground: Ground, settings: config.OnlineDpoSection):
+    updates = settings.steps * settings.epochs
+    tx, schedule = make_optimizer(settings.optimizer, updates)
+    hard = settings.labels == "hard"
+    step = steps.make_preference_step(
+        ground.logps_fn,
+        tx,
+        loss=losses.dpo_loss if hard else losses.soft_dpo_loss,
+        beta=settings.beta,
+        num_microbatches=settings.num_microbatches,
+    )
+    pair_up = jax.jit(
+        functools.partial(
+            hard_pairs if hard else soft_pairs, group_size=settings.samples_per_prompt
+        )
+    )
+    add_ref = jax.jit(functools.partial(steps.with_ref_logps, ground.logps_fn))
+    return ground.compiler(step, tx), schedule, pair_up, add_ref

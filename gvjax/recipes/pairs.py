@@ -1,0 +1,213 @@
+"""The preference data that both roads share: pairs of samples of the starting policy, labelled once."""
+
+import dataclasses
+import pathlib
+from typing import Any, Self
+
+import numpy as np
+
+from gvjax import sharding
+from gvjax.recipes.ground import (
+    Ground,
+    completions_of,
+    host_sequences,
+    role_key,
+    role_rng,
+    sample_all,
+    score_all,
+    sequences,
+)
+from gvjax.tasks.task import Completions, Prompts, Task, preference_labels
+from gvjax.types import Params, PreferenceBatch, SequenceBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Labelled pairs as host arrays, a row each.
+
+    Attributes:
+      prompts: Prompts.
+      chosen, rejected: Completions, as labelled.
+      chosen_gold, rejected_gold: f32[N], gold rewards: for measurement, never for training.
+      ref_chosen_logps, ref_rejected_logps: f32[N], nats, summed, under the starting policy.
+    """
+
+    prompts: Prompts
+    chosen: Completions
+    rejected: Completions
+    chosen_gold: np.ndarray
+    rejected_gold: np.ndarray
+    ref_chosen_logps: np.ndarray
+    ref_rejected_logps: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, rows) -> Self:
+        """The pairs that an index array or slice picks."""
+        return type(self)(
+            **{
+                field.name: _take(getattr(self, field.name), rows)
+                for field in dataclasses.fields(self)
+            }
+        )
+
+    def batch(self, rows, pad_id: int) -> PreferenceBatch:
+        """Some pairs as a batch of host arrays, reference log-probabilities included."""
+        some: Any = self.take(rows)
+        return PreferenceBatch(
+            chosen=sequences(some.prompts, some.chosen, pad_id),
+            rejected=sequences(some.prompts, some.rejected, pad_id),
+            ref_chosen_logps=some.ref_chosen_logps,
+            ref_rejected_logps=some.ref_rejected_logps,
+        )
+
+    def sequences(self, pad_id: int) -> tuple[SequenceBatch, SequenceBatch]:
+        """(chosen, rejected) sequences of all pairs."""
+        return (
+            sequences(self.prompts, self.chosen, pad_id),
+            sequences(self.prompts, self.rejected, pad_id),
+        )
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes all arrays to one .npz file, in one piece."""
+        arrays = {
+            f"{name}.{part}": getattr(getattr(self, name), part)
+            for name in ("prompts", "chosen", "rejected")
+            for part in ("tokens", "lengths")
+        }
+        for name in _NUMBERS:
+            arrays[name] = getattr(self, name)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> Self:
+        """Reads what `save` wrote."""
+        with np.load(path, allow_pickle=False) as arrays:
+
+            def rows(kind, name):
+                return kind(arrays[f"{name}.tokens"], arrays[f"{name}.lengths"])
+
+            return cls(
+                prompts=rows(Prompts, "prompts"),
+                chosen=rows(Completions, "chosen"),
+                rejected=rows(Completions, "rejected"),
+                **{name: arrays[name] for name in _NUMBERS},
+            )
+
+
+_NUMBERS = ("chosen_gold", "rejected_gold", "ref_chosen_logps", "ref_rejected_logps")
+
+
+def sampled_pairs(
+    ground: Ground,
+    task: Task,
+    policy: Params,
+    prompts: Prompts,
+    *,
+    seed: int,
+    role: str,
+    tau: float,
+) -> Pairs:
+    """Two samples of the policy for each prompt, labelled once from the gold rewards with the labeller's noise.
+
+    Args:
+      ground, policy: what samples; its log-probabilities become the reference's.
+      task: gives the gold reward.
+      prompts: a pair each.
+      seed, role: of sampling and labelling.
+      tau: noise of the labeller, in reward units.
+    """
+    rollouts = sample_all(
+        ground, policy, prompts, role_key(seed, f"{role}/sample"), num_samples=2
+    )
+    completions = completions_of(rollouts, ground.completion_length)
+    gold = task.reward(prompts.repeat(2), completions).reshape(-1, 2)
+    first_wins = preference_labels(
+        role_rng(seed, f"{role}/label"), gold[:, 0], gold[:, 1], tau
+    )
+    logps = np.where(rollouts.completion_mask, rollouts.logps, 0.0).sum(axis=1)
+    first = np.arange(0, 2 * len(prompts), 2)
+    chosen, rejected = first + ~first_wins, first + first_wins
+    return _pairs(prompts, completions, gold.reshape(-1), logps, chosen, rejected)
+
+
+def ranked_pairs(
+    ground: Ground,
+    task: Task,
+    policy: Params,
+    prompts: Prompts,
+    rewards,
+    *,
+    samples_per_prompt: int,
+    seed: int,
+    role: str,
+) -> Pairs:
+    """The best and the worst of several samples of the policy for each prompt, by given rewards.
+
+    Args:
+      rewards: `(Rollouts, Prompts) -> f32[N · samples_per_prompt]`.
+      samples_per_prompt: >= 2.
+      Others as for `sampled_pairs`.
+    """
+    count = samples_per_prompt
+    rollouts = sample_all(
+        ground, policy, prompts, role_key(seed, role), num_samples=count
+    )
+    completions = completions_of(rollouts, ground.completion_length)
+    values = sharding.fetch(rewards(rollouts, prompts.repeat(count)))
+    values = values.reshape(-1, count)
+    first = np.arange(0, count * len(prompts), count)
+    chosen, rejected = first + values.argmax(axis=1), first + values.argmin(axis=1)
+    gold = task.reward(prompts.repeat(count), completions)
+    logps = np.where(rollouts.completion_mask, rollouts.logps, 0.0).sum(axis=1)
+    return _pairs(prompts, completions, gold, logps, chosen, rejected)
+
+
+def joined(first: Pairs, second: Pairs) -> Pairs:
+    """The rows of both."""
+
+    def join(one, other):
+        if isinstance(one, np.ndarray):
+            return np.concatenate([one, other])
+        return type(one)(
+            np.concatenate([one.tokens, other.tokens]),
+            np.concatenate([one.lengths, other.lengths]),
+        )
+
+    return Pairs(
+        **{
+            field.name: join(getattr(first, field.name), getattr(second, field.name))
+            for field in dataclasses.fields(Pairs)
+        }
+    )
+
+
+def implicit_margins(ground: Ground, params: Params, pairs: Pairs) -> np.ndarray:
+    """f64[N]: log-ratio of chosen less that of rejected, the policy's implicit reward margin at β = 1, nats."""
+    chosen, rejected = pairs.sequences(ground.pad_id)
+    both = host_sequences(
+        np.concatenate([chosen.tokens, rejected.tokens]),
+        np.concatenate([chosen.completion_mask, rejected.completion_mask]),
+    )
+    logps = score_all(ground, params, both).reshape(2, -1).astype(np.float64)
+    return (logps[0] - pairs.ref_chosen_logps) - (logps[1] - pairs.ref_rejected_logps)
+
+
+def _take(value, rows):
+    return value[rows] if isinstance(value, np.ndarray) else value.take(rows)
+
+
+def _pairs(prompts, completions, gold, logps, chosen, rejected) -> Pairs:
+    return Pairs(
+        prompts=prompts,
+        chosen=completions.take(chosen),
+        rejected=completions.take(rejected),
+        chosen_gold=gold[chosen],
+        rejected_gold=gold[rejected],
+        ref_chosen_logps=logps[chosen],
+        ref_rejected_logps=logps[rejected],
+    )

@@ -1,0 +1,160 @@
+"""The online road by policy gradients: REINFORCE, RLOO, GRPO and its kin, against a reward model or a verifier."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gvjax import advantages, config, logps, losses, masked, steps
+from gvjax.recipes import loop
+from gvjax.recipes.ground import Ground, cached, make_optimizer, scorer
+from gvjax.recipes.inputs import Inputs
+from gvjax.recipes.rounds import Sampler, Sampling
+from gvjax.types import PolicyBatch, Rollouts, SequenceBatch
+
+KL_ESTIMATORS = {"k1": logps.kl_k1, "k2": logps.kl_k2, "k3": logps.kl_k3}
+
+EPSILON_HIGH = {"dapo": 0.28, "cispo": 4.0}
+"""By how much the ratio may exceed 1 in algorithms whose papers fix it; elsewhere the clip is symmetric."""
+
+
+def train(
+    settings: config.PolicyGradientSection,
+    inputs: Inputs,
+    run: loop.Run,
+    *,
+    select: loop.Select = "last",
+) -> loop.Trained:
+    """Trains a policy by policy gradients on its own samples.
+
+    Args:
+      settings: the algorithm, the KL and how much is sampled.
+      inputs: prompts, starting policy (the reference too) and reward model.
+      run: where it is kept.
+      select: see `loop.train`.
+    """
+    ground = inputs.ground
+    compiled, schedule, prepare = _program(ground, settings)
+    state = compiled.start(inputs.policy)
+    plan = Sampling(
+        settings.algorithm,
+        settings.prompts_per_step,
+        settings.samples_per_prompt,
+        settings.missing_eos_penalty,
+    )
+    sample = Sampler(inputs, settings.rewards, plan, run.clock)
+
+    def advance(state, round_):
+        rollouts = sample(state.params, round_)
+        sequences = SequenceBatch(rollouts.tokens, rollouts.completion_mask)
+        ref_logps = scorer(ground)(inputs.policy, sequences)
+        batch, numbers = prepare(rollouts, ref_logps)
+        for _ in range(settings.epochs):
+            state, metrics = compiled.step(state, batch)
+        return state, {**metrics, **numbers}
+
+    return loop.train(
+        run,
+        state,
+        advance,
+        rounds=settings.steps,
+        evaluate=inputs.evaluate,
+        evaluate_every=settings.evaluate_every,
+        select=select,
+        shown=("reward", "objective/kl", "gold"),
+        learning_rate=schedule,
+        trained_on=compiled.trained_on,
+        updates_per_round=settings.epochs,
+    )
+
+
+def rollout_metrics(
+    rollouts: Rollouts, ref_logps: jax.Array, group_size: int
+) -> dict[str, jax.Array]:
+    """TRL's numbers about a round: rewards, their spread within groups, lengths, and the sequence KL (k1)."""
+    mask = rollouts.completion_mask
+    groups = rollouts.scored().reshape(-1, group_size)
+    spread = (
+        jnp.std(groups, axis=1, ddof=1) if group_size > 1 else jnp.zeros(len(groups))
+    )
+    lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
+    return {
+        "reward": jnp.mean(rollouts.scored()),
+        "reward_std": jnp.mean(spread),
+        "frac_reward_zero_std": jnp.mean((spread == 0) * 1.0),
+        "objective/kl": jnp.mean(masked.sum(rollouts.logps - ref_logps, mask, axis=1)),
+        "completions/mean_length": jnp.mean(lengths),
+        "completions/min_length": jnp.min(lengths),
+        "completions/max_length": jnp.max(lengths),
+    }
+
+
+def make_advantages(settings: config.PolicyGradientSection, rewards: jax.Array):
+    """f32[B]: what each completion did better than its baseline, by the configured algorithm."""
+    group_size = settings.samples_per_prompt
+    if settings.algorithm == "reinforce":
+        return rewards - jnp.mean(rewards)
+    if settings.algorithm == "rloo":
+        return advantages.leave_one_out(rewards, group_size)
+    scale = settings.algorithm != "dr_grpo"
+    return advantages.group_relative(rewards, group_size, scale=scale)
+
+
+def make_policy_loss(ground: Ground, settings: config.PolicyGradientSection):
+    """(loss of a token, normaliser), by the configured algorithm."""
+    epsilon_high = settings.epsilon_high or EPSILON_HIGH.get(settings.algorithm)
+    clip: dict[str, Any] = {"epsilon": settings.epsilon, "epsilon_high": epsilon_high}
+    clipped = functools.partial(losses.clipped_policy_loss, **clip)
+    sequence_ratio = functools.partial(losses.gspo_loss, **clip)
+    cispo = functools.partial(
+        losses.cispo_loss, epsilon_high=epsilon_high or settings.epsilon
+    )
+    return {
+        # The whole completion is one action: its token losses are summed.
+        "reinforce": (losses.reinforce_loss, losses.per_sequence_sum),
+        "rloo": (losses.reinforce_loss, losses.per_sequence_sum),
+        "grpo": (clipped, losses.per_sequence_mean),
+        "dr_grpo": (clipped, losses.constant(ground.completion_length)),
+        "dapo": (clipped, losses.per_token),
+        "gspo": (sequence_ratio, losses.per_sequence_mean),
+        "cispo": (cispo, losses.per_token),
+    }[settings.algorithm]
+
+
+@cached
+def _program(ground: Ground, settings: config.PolicyGradientSection):
+    updates = settings.steps * settings.epochs
+    tx, schedule = make_optimizer(settings.optimizer, updates)
+    loss, normaliser = make_policy_loss(ground, settings)
+    in_loss = settings.kl_in == "loss"
+    step = steps.make_policy_gradient_step(
+        ground.logps_fn,
+        tx,
+        loss=loss,
+        normaliser=normaliser,
+        kl_coef=settings.kl_coef if in_loss else 0.0,
+        kl_estimator=KL_ESTIMATORS[settings.kl_estimator],
+        num_microbatches=settings.num_microbatches,
+    )
+
+    @jax.jit
+    def prepare(
+        rollouts: Rollouts, ref_logps: jax.Array
+    ) -> tuple[PolicyBatch, dict[str, jax.Array]]:
+        rewards = rollouts.scored()
+        if not in_loss:
+            rewards = steps.penalised_rewards(
+                rewards,
+                rollouts.logps,
+                ref_logps,
+                rollouts.completion_mask,
+                kl_coef=settings.kl_coef,
+            )
+        batch = steps.policy_batch(
+            rollouts, make_advantages(settings, rewards), ref_logps
+        )
+        group_size = settings.samples_per_prompt
+        return batch, rollout_metrics(rollouts, ref_logps, group_size)
+
+    return ground.compiler(step, tx), schedule, prepare

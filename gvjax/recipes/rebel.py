@@ -1,0 +1,129 @@
+"""The online road by regression: REBEL fits log-ratios to differences of rewards, two samples a prompt, no critic.
+
+Each round solves, by a few updates, the regression whose exact solution is one step of mirror descent from the policy
+that sampled; the KL to the starting policy enters through the rewards.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gvjax import config, losses, masked, steps
+from gvjax.recipes import checks, loop
+from gvjax.recipes.ground import Ground, cached, make_optimizer, scorer
+from gvjax.recipes.inputs import Inputs
+from gvjax.recipes.online_dpo import rollout_pairs
+from gvjax.recipes.policy_gradient import rollout_metrics
+from gvjax.recipes.rounds import Sampler, Sampling
+from gvjax.types import PreferenceBatch, Rollouts, SequenceBatch
+
+
+def train(
+    settings: config.RebelSection,
+    inputs: Inputs,
+    run: loop.Run,
+    *,
+    select: loop.Select = "last",
+) -> loop.Trained:
+    """Trains a policy by regressing reward differences on its own samples.
+
+    Args:
+      settings: the step size, the KL and how much is sampled.
+      inputs: prompts, starting policy (the reference of the KL) and reward model.
+      run: where it is kept.
+      select: see `loop.train`.
+    """
+    ground = inputs.ground
+    compiled, schedule, prepare = _program(ground, settings)
+    state = compiled.start(inputs.policy)
+    plan = Sampling("rebel", settings.prompts_per_step, 2)
+    sample = Sampler(inputs, settings.rewards, plan, run.clock)
+
+    def advance(state, round_):
+        rollouts = sample(state.params, round_)
+        sequences = SequenceBatch(rollouts.tokens, rollouts.completion_mask)
+        ref_logps = scorer(ground)(inputs.policy, sequences)
+        batch, numbers = prepare(rollouts, ref_logps)
+        for epoch in range(settings.epochs):
+            state, metrics = compiled.step(state, batch)
+            if round_ == epoch == 0:
+                checks.check_first_loss(
+                    float(metrics["loss"]),
+                    float(jnp.mean(jnp.square(batch.margin))),
+                    "REBEL",
+                    # The sampler's and the scorer's small differences enter divided by η.
+                    tolerance=checks.TOLERANCE[ground.model.dtype]
+                    * (1 + 1 / settings.eta),
+                )
+        return state, {**metrics, **numbers}
+
+    return loop.train(
+        run,
+        state,
+        advance,
+        rounds=settings.steps,
+        evaluate=inputs.evaluate,
+        evaluate_every=settings.evaluate_every,
+        select=select,
+        shown=("objective/scores", "objective/kl", "gold"),
+        learning_rate=schedule,
+        trained_on=compiled.trained_on,
+        updates_per_round=settings.epochs,
+    )
+
+
+def regression_pairs(
+    rollouts: Rollouts, ref_logps: jax.Array, kl_coef: float
+) -> PreferenceBatch:
+    """The two samples of each prompt, and by how much the first is better once the KL is paid.
+
+    Args:
+      rollouts: 2N rows with rewards, a prompt's two together; their log-probabilities become the batch's reference.
+      ref_logps: f32[2N, T], of the policy that KL is measured to.
+      kl_coef: >= 0.
+
+    Returns:
+      PreferenceBatch of N rows; "chosen" is just the first of the two, and `margin` has the sign.
+    """
+    mask = rollouts.completion_mask
+    rewards = steps.penalised_rewards(
+        rollouts.scored(), rollouts.logps, ref_logps, mask, kl_coef=kl_coef
+    )
+    logps = masked.sum(rollouts.logps, mask, axis=1)
+    first = jnp.arange(0, rollouts.tokens.shape[0], 2)
+    batch = rollout_pairs(
+        dataclasses.replace(rollouts, rewards=rewards), first, first + 1
+    )
+    return dataclasses.replace(
+        batch, ref_chosen_logps=logps[first], ref_rejected_logps=logps[first + 1]
+    )
+
+
+@cached
+def _program(ground: Ground, settings: config.RebelSection):
+    updates = settings.steps * settings.epochs
+    tx, schedule = make_optimizer(settings.optimizer, updates)
+    step = steps.make_preference_step(
+        ground.logps_fn,
+        tx,
+        loss=functools.partial(losses.rebel_loss, eta=settings.eta),
+        # 1/η is the scale at which log-ratios are fitted to rewards; the metrics show them so.
+        beta=1 / settings.eta,
+        num_microbatches=settings.num_microbatches,
+    )
+
+    @jax.jit
+    def prepare(
+        rollouts: Rollouts, ref_logps: jax.Array
+    ) -> tuple[PreferenceBatch, dict[str, jax.Array]]:
+        batch = regression_pairs(rollouts, ref_logps, settings.kl_coef)
+        numbers = {
+            **rollout_metrics(rollouts, ref_logps, 2),
+            "objective/scores": jnp.mean(rollouts.scored()),
+            "objective/scores_margin": jnp.mean(jnp.abs(jnp.asarray(batch.margin))),
+        }
+        return batch, numbers
+
+    return ground.compiler(step, tx), schedule, prepare

@@ -1,0 +1,85 @@
+"""Rejection-sampling fine-tuning: SFT on the best of n samples of each training prompt, chosen by the rewards.
+
+All samples come from the starting policy and are drawn once, before the first update: expert iteration with one round.
+"""
+
+import numpy as np
+
+from gvjax import config, steps
+from gvjax.recipes import checks, loop
+from gvjax.recipes.best_of_n import winners
+from gvjax.recipes.ground import Ground, cached, make_optimizer, rows_at
+from gvjax.recipes.inputs import Inputs
+from gvjax.types import SequenceBatch
+
+
+def train(
+    settings: config.RejectionSection,
+    inputs: Inputs,
+    run: loop.Run,
+    *,
+    select: loop.Select = "last",
+) -> loop.Trained:
+    """Trains a policy on the winners among its starting point's samples.
+
+    Args:
+      settings: how many samples, and how the winners are learned.
+      inputs: prompts, starting policy and reward model.
+      run: where it is kept.
+      select: see `loop.train`.
+    """
+    ground = inputs.ground
+    compiled, schedule = _program(ground, settings)
+    state = compiled.start(inputs.policy)
+    # A function of the seed alone, so that a resumed run learns from the same winners.
+    best = winners(
+        inputs, settings.rewards, inputs.prompts, n=settings.n, role="rejection"
+    )
+
+    def rows_of(round_: int) -> np.ndarray:
+        return rows_at(
+            inputs.seed,
+            "winner order",
+            len(inputs.prompts),
+            settings.batch_size,
+            round_,
+        )
+
+    def advance(state, round_):
+        rows = rows_of(round_)
+        batch = SequenceBatch(best.tokens[rows], best.completion_mask[rows])
+        state, metrics = compiled.step(state, ground.put(batch))
+        metrics["reward"] = np.mean(best.scored()[rows])
+        if round_ == 0:
+            sampled = best.logps[rows][batch.completion_mask]
+            checks.check_first_loss(
+                float(metrics["loss"]),
+                float(-np.mean(sampled)),
+                "rejection sampling",
+                tolerance=checks.TOLERANCE[ground.model.dtype],
+            )
+        return state, metrics
+
+    rows = rows_of(0)
+    checks.check_masks(SequenceBatch(best.tokens[rows], best.completion_mask[rows]))
+    return loop.train(
+        run,
+        state,
+        advance,
+        rounds=settings.steps,
+        evaluate=inputs.evaluate,
+        evaluate_every=settings.evaluate_every,
+        select=select,
+        shown=("loss", "reward", "gold", "kl"),
+        learning_rate=schedule,
+        trained_on=compiled.trained_on,
+    )
+
+
+@cached
+def _program(ground: Ground, settings: config.RejectionSection):
+    tx, schedule = make_optimizer(settings.optimizer, settings.steps)
+    step = steps.make_supervised_step(
+        ground.logps_fn, tx, num_microbatches=settings.num_microbatches
+    )
+    return ground.compiler(step, tx), schedule

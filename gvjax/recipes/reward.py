@@ -1,0 +1,113 @@
+"""Training the verifier: a reward model on the preference pairs."""
+
+import math
+
+import numpy as np
+
+from gvjax import config, steps
+from gvjax.recipes import checks, loop
+from gvjax.recipes.evaluation import ScorerEvaluation, evaluate_margins
+from gvjax.recipes.ground import (
+    Ground,
+    cached,
+    make_optimizer,
+    reward_all,
+    role_key,
+    rows_at,
+)
+from gvjax.recipes.inputs import Inputs
+from gvjax.recipes.pairs import Pairs
+from gvjax.types import Params
+
+
+def train(
+    settings: config.RewardSection, inputs: Inputs, run: loop.Run
+) -> loop.Trained:
+    """Trains a reward model that starts from the policy's trunk.
+
+    Args:
+      settings: how.
+      inputs: the pairs, and held-out ones for `early_stop` and the curve.
+      run: where it is kept.
+    """
+    ground, pairs = inputs.ground, inputs.required_pairs()
+    compiled, schedule = _program(ground, settings)
+    params = ground.init_reward_model(
+        role_key(inputs.seed, "reward head"),
+        inputs.policy,
+        zero_head=settings.zero_head,
+    )
+    state = compiled.start(params)
+
+    def batch_at(round_: int):
+        rows = rows_at(
+            inputs.seed, "reward order", len(pairs), settings.batch_size, round_
+        )
+        return pairs.batch(rows, ground.pad_id)
+
+    def advance(state, round_):
+        state, metrics = compiled.step(state, ground.put(batch_at(round_)))
+        if round_ == 0 and settings.zero_head and not settings.label_smoothing:
+            checks.check_first_loss(float(metrics["loss"]), math.log(2), "reward")
+        return state, metrics
+
+    heldout = inputs.heldout
+
+    def evaluate(params, heldout=heldout):
+        found = evaluate_reward_model(ground, settings, params, heldout)
+        return {
+            "log_likelihood": found.log_likelihood,
+            "accuracy": found.accuracy,
+            "gold_accuracy": found.gold_accuracy,
+        }
+
+    first = batch_at(0)
+    checks.check_same_everywhere(first)
+    checks.check_masks(first.chosen)
+    checks.check_reward_padding(ground, settings.pooling, params, first.chosen)
+    return loop.train(
+        run,
+        state,
+        advance,
+        rounds=settings.steps,
+        evaluate=None if heldout is None else evaluate,
+        evaluate_every=settings.evaluate_every,
+        select="best" if settings.early_stop else "last",
+        select_by="log_likelihood",
+        shown=("loss", "accuracy"),
+        learning_rate=schedule,
+        trained_on=compiled.trained_on,
+    )
+
+
+def evaluate_reward_model(
+    ground: Ground, settings: config.RewardSection, params: Params, heldout: Pairs
+) -> ScorerEvaluation:
+    """How well the reward model predicts held-out labels, at its own scale."""
+    return evaluate_margins(
+        reward_margins(ground, settings, params, heldout),
+        heldout.chosen_gold - heldout.rejected_gold,
+    )
+
+
+def reward_margins(
+    ground: Ground, settings: config.RewardSection, params: Params, pairs: Pairs
+) -> np.ndarray:
+    """f32[N]: the reward of chosen less that of rejected."""
+    chosen, rejected = pairs.sequences(ground.pad_id)
+    return reward_all(ground, settings.pooling, params, chosen) - reward_all(
+        ground, settings.pooling, params, rejected
+    )
+
+
+@cached
+def _program(ground: Ground, settings: config.RewardSection):
+    tx, schedule = make_optimizer(settings.optimizer, settings.steps)
+    step = steps.make_reward_step(
+        ground.reward_fn(settings.pooling),
+        tx,
+        label_smoothing=settings.label_smoothing,
+        centering=settings.centering,
+        num_microbatches=settings.num_microbatches,
+    )
+    return ground.compiler(step, tx), schedule

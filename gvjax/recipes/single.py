@@ -1,0 +1,423 @@
+"""One recipe by itself, as `gvjax run` does it, and a look at what it made."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from gvjax import config, losses, sharding
+from gvjax.judges.verifier import Verifier
+from gvjax.recipes import (
+    best_of_n,
+    dpo,
+    hypo,
+    loop,
+    online_dpo,
+    policy_gradient,
+    ppo,
+    rebel,
+    rejection,
+    reward,
+    sft,
+)
+from gvjax.recipes.evaluation import PolicyEvaluation, evaluate_policy
+from gvjax.recipes.ground import (
+    Ground,
+    completions_of,
+    ground_of,
+    role_key,
+    role_rng,
+    sample_all,
+    task_of,
+)
+from gvjax.recipes.inputs import Inputs
+from gvjax.recipes.pairs import Pairs, sampled_pairs
+from gvjax.recipes.rewards import RewardModel
+from gvjax.tasks.task import Prompts, Task
+from gvjax.types import Params
+
+TRAIN: dict[str, Callable[..., loop.Trained]] = {
+    "dpo": dpo.train,
+    "hypo": hypo.train,
+    "online_dpo": online_dpo.train,
+    "policy_gradient": policy_gradient.train,
+    "ppo": ppo.train,
+    "rebel": rebel.train,
+    "rejection": rejection.train,
+}
+"""Recipes that turn a policy into another, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A run that is done.
+
+    Attributes:
+      settings: its resolved config.
+      directory: its run directory.
+      task, ground: as it used them.
+    """
+
+    settings: config.RunConfig
+    directory: pathlib.Path
+    task: Task
+    ground: Ground
+
+    @property
+    def makes_policy(self) -> bool:
+        return self.settings.settings.recipe not in ("reward", "best_of_n")
+
+    def policy(self) -> Params:
+        """The policy it made.
+
+        Raises:
+          ConfigError: it made a reward model, or nothing.
+        """
+        if not self.makes_policy:
+            raise config.ConfigError(
+                f"{self.directory} holds the result of recipe {self.settings.settings.recipe}, not a policy"
+            )
+        return loop.load_params(self.directory, self.ground.policy_shapes())
+
+    def reward_model(self) -> RewardModel:
+        """The reward model it made.
+
+        Raises:
+          ConfigError: it made none.
+        """
+        section = self.settings.settings
+        if not isinstance(section, config.RewardSection):
+            raise config.ConfigError(
+                f"{self.directory} holds the result of recipe {section.recipe}, not a reward model"
+            )
+        params = loop.load_params(self.directory, self.ground.reward_model_shapes())
+        return RewardModel(params, section.pooling)
+
+
+def finished(
+    directory: pathlib.Path | str, mesh: config.MeshSection | None = None
+) -> Finished:
+    """Opens a finished run, on its own mesh or on another.
+
+    Raises:
+      ConfigError: there is none, or it is not finished.
+    """
+    directory = pathlib.Path(directory)
+    if not (directory / "result.json").exists():
+        raise config.ConfigError(
+            f"{directory} holds no finished run; finish it with `gvjax run` first"
+        )
+    settings = config.reread((directory / "config.json").read_text(encoding="utf-8"))
+    task = task_of(settings.task, settings.seed)
+    ground = ground_of(task, settings.model, mesh or settings.mesh)
+    return Finished(settings, directory, task, ground)
+
+
+def check(section: config.Recipe, ground: Ground) -> None:
+    """Refuses what a recipe would fail on later, before anything is compiled.
+
+    Raises:
+      ConfigError: a loss, a verifier or a size does not fit; the message names the field.
+    """
+    try:
+        if isinstance(section, config.DpoSection):
+            _check_loss(section)
+        for name in ("batch_size", "prompts_per_step", "on_policy_prompts"):
+            if (rows := getattr(section, name, None)) is not None:
+                sharding.check_batch_size(ground.mesh, rows, name)
+        if section.batch_rows is not None:
+            sharding.check_batch_size(
+                ground.mesh, section.batch_rows, "a batch of size"
+            )
+        penalty = getattr(section, "missing_eos_penalty", 0.0)
+        if penalty and ground.eos_id is None:
+            raise ValueError(
+                f"missing_eos_penalty is {penalty}, but completions of this task have no EOS; set it to 0"
+            )
+        rewards = getattr(section, "rewards", None)
+        verifier = rewards.verifier if rewards is not None else None
+        if verifier is not None and verifier.path != "gold":
+            # Imports the function in its process, and lets go of it.
+            with Verifier(
+                verifier.path,
+                time_limit=verifier.time_limit,
+                error_reward=verifier.error_reward,
+                max_error_share=verifier.max_error_share,
+            ):
+                pass
+    except ValueError as error:
+        if isinstance(error, config.ConfigError):
+            raise
+        raise config.ConfigError(f"recipe {section.recipe}: {error}") from None
+
+
+def _check_loss(section: config.DpoSection) -> None:
+    loss = dpo.make_loss(section)
+    lacking = {"chosen_probability", "margin"} & set(losses.arguments(loss))
+    if lacking:
+        raise ValueError(
+            f"the loss {section.loss} asks for {', '.join(sorted(lacking))}, which the pairs do not have; use another"
+        )
+    if section.num_microbatches > 1 and losses.couples_rows(loss):
+        raise ValueError(
+            f"num_microbatches is {section.num_microbatches}, but the loss {section.loss} compares rows with each"
+            " other; use 1"
+        )
+
+
+def run(
+    settings: config.RunConfig,
+    *,
+    progress: loop.Progress = loop.nobody,
+    show: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Runs one recipe to its end, or goes on with it.
+
+    Args:
+      settings: the run.
+      progress: told after every round.
+      show: given a few decoded completions now and then.
+
+    Returns:
+      What was written to `result.json`: the round of the kept checkpoint, the curve and the last evaluation.
+
+    Raises:
+      ConfigError: the config cannot be run, or differs from that of the run that already stands in run_dir.
+    """
+    directory = pathlib.Path(settings.run_dir)
+    done = directory / "result.json"
+    _compare_config(settings, directory)
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    section = settings.settings
+    task = task_of(settings.task, settings.seed)
+    ground = ground_of(task, settings.model, settings.mesh)
+    check(section, ground)
+    policy, reward_model = _starts(settings, ground)
+    # Kept only now: a config that was refused must not stand in the way of the corrected one.
+    _keep_config(settings, directory)
+    one = loop.Run(
+        directory,
+        _identity(settings),
+        settings.logging,
+        settings.checkpoints,
+        progress,
+    )
+    rng = role_rng(settings.seed, "prompts")
+    count = settings.pairs.count if settings.pairs else 1000
+    prompts = task.prompts(rng, count, "train")
+    validation = task.prompts(rng, settings.evaluation.validation_prompts, "validation")
+    if show is not None and section.recipe != "reward":
+        one = dataclasses.replace(one, show=_shower(ground, task, validation, show))
+    if isinstance(section, config.SftSection):
+        trained = sft.train(section, ground, task, settings.seed, one)
+    else:
+        inputs = Inputs(
+            ground=ground,
+            task=task,
+            seed=settings.seed,
+            policy=policy,
+            reference=policy,
+            prompts=prompts,
+            validation=validation,
+            reward_model=reward_model,
+            **_pairs(settings, ground, task, policy, prompts),
+        )
+        if isinstance(section, config.BestOfNSection):
+            judged = best_of_n.evaluate(section, inputs, validation, role="validation")
+            return _finish(done, {"round": 0, "curve": [], **judged.summary()})
+        if isinstance(section, config.RewardSection):
+            trained = reward.train(section, inputs, one)
+        else:
+            trained = TRAIN[section.recipe](
+                section, inputs, one, select=settings.select
+            )
+    loop.save_params(directory, trained.params)
+    last = trained.curve[-1] if trained.curve else {}
+    return _finish(done, {**last, "round": trained.round, "curve": trained.curve})
+
+
+def judge(
+    run: Finished, *, prompts: int, seed: int
+) -> tuple[PolicyEvaluation, Prompts]:
+    """One temperature-1 completion of each of some test prompts, judged; KL is to the policy the run started from."""
+    chosen = run.task.prompts(role_rng(seed, "judged prompts"), prompts, "test")
+    policy = run.policy()
+    start = run.settings.start
+    reference = policy if start is None else finished(start).policy()
+    judged = evaluate_policy(
+        run.ground, run.task, policy, reference, chosen, seed=seed, role="judge"
+    )
+    return judged, chosen
+
+
+def heldout_pairs(run: Finished, count: int, seed: int) -> Pairs:
+    """Fresh labelled pairs on test prompts, of the policy that a reward model's run started from."""
+    start = finished(str(run.settings.start))
+    prompts = run.task.prompts(role_rng(seed, "judged prompts"), count, "test")
+    assert run.settings.pairs is not None
+    return sampled_pairs(
+        run.ground,
+        run.task,
+        start.policy(),
+        prompts,
+        seed=seed,
+        role="judge",
+        tau=run.settings.pairs.tau,
+    )
+
+
+def _starts(
+    settings: config.RunConfig, ground: Ground
+) -> tuple[Params, RewardModel | None]:
+    """The policy and the reward model that earlier runs made.
+
+    Raises:
+      ConfigError: such a run is not finished, or has another network.
+    """
+
+    def opened(field: str) -> Finished | None:
+        directory = getattr(settings, field)
+        if directory is None:
+            return None
+        found = finished(directory, settings.mesh)
+        if found.ground.model != ground.model:
+            raise config.ConfigError(
+                f"{field}: the run in {directory} has another network than this config's model; use its own:"
+                f" {found.settings.model} (vocabulary of task {found.settings.task.name})"
+            )
+        return found
+
+    start, verifier = opened("start"), opened("reward_model")
+    return (
+        None if start is None else start.policy(),
+        None if verifier is None else verifier.reward_model(),
+    )
+
+
+def _pairs(
+    settings: config.RunConfig,
+    ground: Ground,
+    task: Task,
+    policy: Params,
+    prompts: Prompts,
+) -> dict[str, Pairs]:
+    """`pairs` and `heldout`, for recipes that read them."""
+    if settings.pairs is None:
+        return {}
+    rng = role_rng(settings.seed, "held-out prompts")
+    heldout = task.prompts(rng, settings.pairs.heldout, "validation")
+    return {
+        name: sampled_pairs(
+            ground,
+            task,
+            policy,
+            rows,
+            seed=settings.seed,
+            role=f"pairs/{name}",
+            tau=settings.pairs.tau,
+        )
+        for name, rows in (("pairs", prompts), ("heldout", heldout))
+    }
+
+
+def _identity(settings: config.RunConfig) -> dict[str, Any]:
+    """What a resumed run must agree on: everything but where it is kept and how it is shown."""
+    fields = config.resolved(settings)
+    for name in ("run_dir", "logging", "checkpoints"):
+        del fields[name]
+    return fields
+
+
+def _compare_config(settings: config.RunConfig, directory: pathlib.Path) -> None:
+    """Refuses to go on with a run that another config began."""
+    path = directory / "config.json"
+    if path.exists():
+        old = config.reread(path.read_text(encoding="utf-8"))
+        changed = _changed(_identity(old), _identity(settings))
+        if changed:
+            raise config.ConfigError(
+                f"{directory} holds a run with another config: {'; '.join(changed)}. Choose another run_dir, or the"
+                " old values"
+            )
+
+
+def _keep_config(settings: config.RunConfig, directory: pathlib.Path) -> None:
+    if jax.process_index() != 0:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "config.json"
+        partial = path.with_name("config.json.partial")
+        partial.write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise config.ConfigError(
+            f"run_dir {directory} cannot be written to ({error.strerror}); choose another, or change its permissions"
+        ) from None
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any], prefix="") -> list[str]:
+    lines = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += _changed(before, after, f"{prefix}{name}.")
+        elif before != after:
+            lines.append(f"{prefix}{name} was {before!r} and is {after!r}")
+    return lines
+
+
+def _finish(path: pathlib.Path, result: dict[str, Any]) -> dict[str, Any]:
+    if jax.process_index() != 0:
+        return result
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return result
+
+
+def _shower(ground: Ground, task: Task, prompts: Prompts, show: Callable[[str], None]):
+    few = prompts.take(slice(0, 2))
+
+    def show_samples(params: Params) -> None:
+        for prompt, completion, gold in samples(ground, task, params, few, seed=0):
+            show(f"{prompt}  →  {completion}   gold {gold:.2f}")
+
+    return show_samples
+
+
+def samples(
+    ground: Ground,
+    task: Task,
+    params: Params,
+    prompts: Prompts,
+    *,
+    seed: int,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+) -> list[tuple[str, str, float]]:
+    """(prompt, completion, gold reward) of some completions, decoded."""
+    rollouts = sample_all(
+        ground,
+        params,
+        prompts,
+        role_key(seed, "shown"),
+        num_samples=num_samples,
+        temperature=temperature,
+    )
+    completions = completions_of(rollouts, ground.completion_length)
+    rows = prompts.repeat(num_samples)
+    gold = np.asarray(task.reward(rows, completions))
+    return [
+        (
+            task.decode(rows.tokens[i][: rows.lengths[i]]),
+            task.decode(completions.tokens[i][: completions.lengths[i]]),
+            float(gold[i]),
+        )
+        for i in range(len(rows))
+    ]

@@ -1,0 +1,172 @@
+"""What the steps read off a batch of sequences: token log-probabilities, their sums, and which of them count."""
+
+import dataclasses
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from gvjax import masked
+from gvjax.types import (
+    LogpsFn,
+    Params,
+    PolicyBatch,
+    PreferenceBatch,
+    SequenceBatch,
+    UnpairedBatch,
+)
+
+
+def check_sequences(**batches: SequenceBatch) -> None:
+    """Checks ranks, shapes and dtypes of sequences, naming the array that is wrong."""
+    for name, batch in batches.items():
+        whole = {"tokens": int, "completion_mask": bool}
+        if batch.segments is not None:
+            whole["segments"] = int
+        for field, dtype in whole.items():
+            array, message = getattr(batch, field), f"argument {name}.{field}"
+            chex.assert_rank(array, 2, custom_message=message)
+            chex.assert_type(array, dtype, custom_message=message)
+            chex.assert_equal_shape([batch.tokens, array], custom_message=message)
+
+
+def check_floats(like: jax.Array, **arrays: jax.Array | None) -> None:
+    """Checks that arrays are floating and of the shape of `like`, naming the one that is not; None passes."""
+    for name, array in arrays.items():
+        if array is not None:
+            message = f"argument {name}"
+            chex.assert_shape(array, like.shape, custom_message=message)
+            chex.assert_type(array, float, custom_message=message)
+
+
+def predicted_mask(batch: SequenceBatch) -> jax.Array:
+    """bool[B, T]: completion tokens that something stands before; a sequence's first token is never predicted."""
+    mask = jnp.asarray(batch.completion_mask).at[:, 0].set(False)
+    if batch.segments is not None:
+        same = batch.segments[:, 1:] == batch.segments[:, :-1]
+        mask = mask.at[:, 1:].set(mask[:, 1:] & same)
+    return mask
+
+
+def completion_logps(
+    logps_fn: LogpsFn, params: Params, batch: SequenceBatch
+) -> jax.Array:
+    """f32[B, T]: log-probabilities of the completion tokens, nats, 0 elsewhere.
+
+    Packed sequences need a model that also takes `segments`.
+    """
+    check_sequences(batch=batch)
+    tokens = jnp.asarray(batch.tokens)
+    if batch.segments is None:
+        logps = logps_fn(params, tokens)
+    else:
+        packed: Callable[..., jax.Array] = logps_fn
+        logps = packed(params, tokens, segments=jnp.asarray(batch.segments))
+    if logps.shape != tokens.shape:
+        raise ValueError(
+            f"the model returned log-probabilities of shape {logps.shape} for tokens of shape {tokens.shape}; return"
+            " one a token, 0 in column 0 (`logps_from_logits` makes them of a forward pass)"
+        )
+    return masked.select(logps, predicted_mask(batch))
+
+
+def summed_logps(logps_fn: LogpsFn, params: Params, batch: SequenceBatch) -> jax.Array:
+    """f32[B]: log-probability of each whole completion, nats; 0 for an empty one."""
+    if batch.segments is not None:
+        raise ValueError(
+            "these sequences are packed (they have `segments`), and a packed row has no log-probability of its own;"
+            " pack demonstrations only"
+        )
+    return jnp.sum(completion_logps(logps_fn, params, batch), axis=1)
+
+
+def row_mean(rows: jax.Array, weight: jax.Array) -> masked.Mean:
+    """Mean of rows [B] under weights [B] >= 0; a row of weight 0 is not looked at."""
+    kept = masked.select(rows, weight > 0)
+    return masked.Mean(jnp.sum(kept * weight), jnp.sum(weight))
+
+
+def row_weights(weight: jax.Array | None, filled: jax.Array) -> jax.Array:
+    """f32[B]: a batch's own weights, or 1, on the rows that hold what they should; 0 on the others."""
+    if weight is None:
+        return filled.astype(jnp.float32)
+    check_floats(filled, weight=weight)
+    return jnp.where(filled, jnp.asarray(weight, jnp.float32), 0.0)
+
+
+def lengths(batch: SequenceBatch) -> jax.Array:
+    """f32[B]: completion tokens per row."""
+    return jnp.sum(predicted_mask(batch), axis=1, dtype=jnp.float32)
+
+
+def interleave(first: SequenceBatch, second: SequenceBatch) -> SequenceBatch:
+    """Rows of two batches in turn, [2B, T], so that one forward pass serves both.
+
+    In turn rather than one after the other: on a mesh every pair then stays on the device that holds it.
+    """
+    check_sequences(first=first, second=second)
+    if first.tokens.shape[0] != second.tokens.shape[0]:
+        raise ValueError(
+            f"{first.tokens.shape[0]} rows cannot be paired with {second.tokens.shape[0]}; row b of both shares a prompt"
+        )
+    length = max(first.tokens.shape[1], second.tokens.shape[1])
+
+    def joined(one: jax.Array, other: jax.Array) -> jax.Array:
+        wide = [
+            jnp.pad(part, ((0, 0), (0, length - part.shape[1])))
+            for part in (one, other)
+        ]
+        return jnp.stack(wide, axis=1).reshape(-1, length)
+
+    return jax.tree.map(joined, first, second)
+
+
+def paired_logps(
+    logps_fn: LogpsFn, params: Params, batch: PreferenceBatch
+) -> tuple[jax.Array, jax.Array]:
+    """(chosen f32[B], rejected f32[B]): log-probabilities of both completions of every pair, in one forward pass."""
+    both = summed_logps(logps_fn, params, interleave(batch.chosen, batch.rejected))
+    chosen, rejected = both.reshape(-1, 2).T
+    return chosen, rejected
+
+
+def with_ref_logps(
+    logps_fn: LogpsFn,
+    ref_params: Params,
+    batch: PreferenceBatch | UnpairedBatch | PolicyBatch,
+):
+    """The batch with the reference policy's log-probabilities filled in.
+
+    The reference is a scorer whose output is data: no step ever holds two models.
+
+    Args:
+      logps_fn: the model.
+      ref_params: parameters of the reference policy.
+      batch: PreferenceBatch, UnpairedBatch or PolicyBatch.
+
+    Returns:
+      A batch of the same type; no gradient flows into the new fields.
+    """
+    ref_params = jax.lax.stop_gradient(ref_params)
+    if isinstance(batch, PreferenceBatch):
+        chosen, rejected = paired_logps(logps_fn, ref_params, batch)
+        return dataclasses.replace(
+            batch, ref_chosen_logps=chosen, ref_rejected_logps=rejected
+        )
+    if isinstance(batch, UnpairedBatch):
+        batch = dataclasses.replace(
+            batch, ref_logps=summed_logps(logps_fn, ref_params, batch.sequences)
+        )
+        if batch.kl_sequences is None:
+            return batch
+        kl_logps = summed_logps(logps_fn, ref_params, batch.kl_sequences)
+        return dataclasses.replace(batch, ref_kl_logps=kl_logps)
+    if isinstance(batch, PolicyBatch):
+        sequences = SequenceBatch(batch.tokens, batch.completion_mask)
+        logps = completion_logps(logps_fn, ref_params, sequences)
+        return dataclasses.replace(batch, ref_logps=logps)
+    raise TypeError(
+        f"cannot add reference log-probabilities to {type(batch).__name__}; give a PreferenceBatch, UnpairedBatch or"
+        " PolicyBatch"
+    )

@@ -1,0 +1,213 @@
+"""The vocabulary: frozen pytrees that flow through the steps, and the callables that make and use them.
+
+One sequence layout everywhere: prompt, then completion, then padding on the right; every `[B, T]` array is aligned to
+`tokens`, so position `[b, t]` always speaks of `tokens[b, t]`. Which positions count is said by masks made from
+lengths, never by comparing ids with a padding id.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, dataclass_transform
+
+import jax
+import optax
+
+from gvjax.masked import Max, Mean, Min
+
+Params = Any
+"""A pytree of arrays."""
+
+
+@dataclass_transform(frozen_default=True)
+def _pytree(cls):
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@_pytree
+class TrainState:
+    """What a step needs to go on: arrays only, no functions, config or keys.
+
+    Attributes:
+      step: int32[], optimizer updates made so far.
+      params: the trained parameters.
+      opt_state: the optax state for them.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+@_pytree
+class SequenceBatch:
+    """Prompts with completions.
+
+    Attributes:
+      tokens: int32[B, T], prompt then completion then padding.
+      completion_mask: bool[B, T], True on completion tokens, the EOS included.
+      segments: int32[B, T] or None; with packing, the number (from 1) of the sequence a position belongs to, 0 on
+        padding.
+    """
+
+    tokens: jax.Array
+    completion_mask: jax.Array
+    segments: jax.Array | None = None
+
+
+@_pytree
+class PreferenceBatch:
+    """Pairs of completions of the same prompt.
+
+    Attributes:
+      chosen, rejected: SequenceBatch, row b of both shares a prompt; their T may differ.
+      ref_chosen_logps, ref_rejected_logps: f32[B], nats, summed over the completion under the reference policy; None
+        where the loss needs no reference.
+      chosen_probability: f32[B] in [0, 1], probability that `chosen` is the better one; None means 1 (a hard label).
+      margin: f32[B], by how much `chosen` is better, in reward units; None where unknown.
+      weight: f32[B] >= 0, row weights; None means 1.
+      chosen_from_reference: bool[B], True where the reference policy wrote `chosen` and the policy `rejected`, False
+        the other way round (XPO); None where neither is meant.
+    """
+
+    chosen: SequenceBatch
+    rejected: SequenceBatch
+    ref_chosen_logps: jax.Array | None = None
+    ref_rejected_logps: jax.Array | None = None
+    chosen_probability: jax.Array | None = None
+    margin: jax.Array | None = None
+    weight: jax.Array | None = None
+    chosen_from_reference: jax.Array | None = None
+
+
+@_pytree
+class UnpairedBatch:
+    """Single completions marked good or bad (KTO and its relatives).
+
+    Attributes:
+      sequences: SequenceBatch.
+      desirable: bool[B].
+      ref_logps: f32[B], nats, summed over the completion under the reference policy; None where not needed.
+      kl_sequences: SequenceBatch or None: prompts with *other rows'* completions, from which the loss estimates how
+        far the policy has moved.
+      ref_kl_logps: f32[B] or None, the reference's summed log-probabilities of those.
+      weight: f32[B] >= 0, row weights; None means 1.
+    """
+
+    sequences: SequenceBatch
+    desirable: jax.Array
+    ref_logps: jax.Array | None = None
+    kl_sequences: SequenceBatch | None = None
+    ref_kl_logps: jax.Array | None = None
+    weight: jax.Array | None = None
+
+
+@_pytree
+class Rollouts:
+    """Sampled completions; the `group_size` completions of one prompt stand in consecutive rows.
+
+    Attributes:
+      tokens: int32[B, T].
+      completion_mask: bool[B, T], True on sampled tokens, the EOS included.
+      logps: f32[B, T], nats, under the policy that sampled, at temperature 1 and full support.
+      rewards: f32[B] or None until scored.
+      sampler_logps: f32[B, T], nats, under the distribution that the tokens were drawn from, where temperature, top-k
+        or top-p made that another one than the policy's; None where it is the policy's. What learns from rollouts and
+        takes `logps` for the sampling distribution must refuse those where this is not None.
+    """
+
+    tokens: jax.Array
+    completion_mask: jax.Array
+    logps: jax.Array
+    rewards: jax.Array | None = None
+    sampler_logps: jax.Array | None = None
+
+    def scored(self) -> jax.Array:
+        """f32[B]: the rewards.
+
+        Raises:
+          ValueError: the rollouts have not been scored.
+        """
+        if self.rewards is None:
+            raise ValueError("these rollouts have no rewards yet; score them first")
+        return self.rewards
+
+
+@_pytree
+class PolicyBatch:
+    """Rollouts made ready for a policy-gradient step.
+
+    Attributes:
+      tokens: int32[B, T].
+      completion_mask: bool[B, T].
+      old_logps: f32[B, T], nats, under the policy that sampled.
+      advantages: f32[B, T], constant for the step.
+      ref_logps: f32[B, T] or None, nats, under the reference policy.
+    """
+
+    tokens: jax.Array
+    completion_mask: jax.Array
+    old_logps: jax.Array
+    advantages: jax.Array
+    ref_logps: jax.Array | None = None
+
+
+@_pytree
+class ActorCriticBatch:
+    """A PolicyBatch with what a value function is trained on (PPO).
+
+    Attributes:
+      policy: PolicyBatch.
+      old_values: f32[B, T], the critic's values when the completion was sampled.
+      returns: f32[B, T], targets for the critic.
+    """
+
+    policy: PolicyBatch
+    old_values: jax.Array
+    returns: jax.Array
+
+
+class LogpsFn(Protocol):
+    """Token log-probabilities: `[b, t]` is log p(tokens[b, t] | tokens[b, :t]) in nats; column 0 is 0."""
+
+    def __call__(self, params: Params, tokens: jax.Array, /) -> jax.Array: ...
+
+
+class ApplyFn(Protocol):
+    """A plain forward pass: `(params, tokens int32[B, T]) -> logits f32[B, T, V]`."""
+
+    def __call__(self, params: Params, tokens: jax.Array, /) -> jax.Array: ...
+
+
+class RewardFn(Protocol):
+    """A scorer: `(params, tokens int32[B, T], completion_mask bool[B, T]) -> rewards f32[B]`.
+
+    What stands after the last True of a row must not change its reward; an empty completion has reward 0.
+    """
+
+    def __call__(
+        self, params: Params, tokens: jax.Array, completion_mask: jax.Array, /
+    ) -> jax.Array: ...
+
+
+class ValuesFn(Protocol):
+    """A critic: `(params, tokens int32[B, T]) -> values f32[B, T]`, the value *before* tokens[b, t] is chosen."""
+
+    def __call__(self, params: Params, tokens: jax.Array, /) -> jax.Array: ...
+
+
+class DecodeFn(Protocol):
+    """One cached forward: `(params, tokens[B, S], positions[B, S], cache) -> (logits f32[B, V], cache)`.
+
+    `positions` count from 0 in each row and −1 marks padding, on the right; the logits are those after each row's last
+    real token. Every array of the cache that is not a scalar has the batch as axis 0.
+    """
+
+    def __call__(
+        self, params: Params, tokens: jax.Array, positions: jax.Array, cache: Any, /
+    ) -> tuple[jax.Array, Any]: ...
+
+
+Metrics = dict[str, jax.Array]
+Objective = Callable[[Params, Any], tuple[Mean, Mapping[str, Mean | Max | Min]]]
+"""`(params, batch) -> (loss, metrics)`, the means undivided."""
+Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]

@@ -1,0 +1,211 @@
+"""Stages: keys follow everything a result depends on, work is shared out and kept, and what dies is noticed."""
+
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import time
+
+import pytest
+
+from gvjax.gap import stages
+from gvjax.gap.stages import BusyError, Stage, StageError, Store, run_stages
+
+
+def stage(kind="add", parents=(), code="code", label="a stage", **inputs) -> Stage:
+    return Stage(
+        kind=kind,
+        place=(0, 0, "", 0),
+        label=label,
+        inputs=inputs,
+        parents=tuple(parents),
+        cost=1.0,
+        code=code,
+    )
+
+
+def work(marks: pathlib.Path, stage: Stage, store: Store, report) -> dict:
+    """Adds its parents' results to its own input, and notes that it did; by kind, it fails, dies or talks on."""
+    total = stage.inputs["value"]
+    for parent in stage.parents:
+        total += store.result(parent)["total"]
+    if stage.kind == "fail" and not (marks / "mended").exists():
+        raise ValueError("nothing to add")
+    if stage.kind == "die" and not (marks / "mended").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    if stage.kind == "talk":
+        # Says something more often than the leader would time out.
+        for round_ in range(100):
+            report(round_, 100, {"loss": 1.0})
+            time.sleep(0.25)
+            if (marks / "mended").exists():
+                break
+    report(1, 1, {})
+    (marks / f"{stage.inputs['value']}-{time.time_ns()}").touch()
+    return {"total": total}
+
+
+class Watch:
+    """Remembers what it was told."""
+
+    def __init__(self):
+        self.told = []
+
+    def __call__(self, stage, what, share, shown):
+        self.told.append((stage.inputs["value"], what))
+
+    def of(self, what):
+        return [value for value, each in self.told if each == what]
+
+
+@pytest.fixture
+def marks(tmp_path):
+    (tmp_path / "marks").mkdir()
+    return tmp_path / "marks"
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "stages")
+
+
+def test_a_key_follows_all_that_the_result_depends_on_and_nothing_else():
+    plain = stage(value=1)
+    parent = stage(value=2)
+    assert stage(value=1, label="another name").key == plain.key
+    assert dataclasses.replace(plain, place=(1, 2, "x", 3), cost=9.0).key == plain.key
+    others = [
+        stage("other", value=1),
+        stage(value=2),
+        stage(value=1, code="changed"),
+        stage(value=1, parents=[parent]),
+        stage(value=1, parents=[stage(value=3)]),
+        stage(value=1, parents=[stage(value=2, parents=[parent])]),
+    ]
+    keys = {plain.key, *(each.key for each in others)}
+    assert len(keys) == 1 + len(others)
+
+
+def test_a_stage_is_done_in_one_piece(store):
+    each = stage(value=1)
+    assert not store.is_done(each)
+    partial = store.directory(each) / "result.json.partial"
+    partial.parent.mkdir(parents=True)
+    partial.write_text('{"tot')
+    assert not store.is_done(each)
+    store.finish(each, {"total": 1})
+    assert store.is_done(each)
+    assert store.result(each) == {"label": "a stage", "total": 1}
+    assert not partial.exists()
+
+
+def family():
+    """Two roots and a child of both, the child's value being all three."""
+    first, second = stage(value=1), stage(value=2)
+    return [first, second, stage(value=4, parents=[first, second])]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_parents_come_first_and_what_is_done_is_kept(workers, store, marks):
+    perform = functools.partial(work, marks)
+    few = family()
+    watch = Watch()
+    run_stages(few, store, perform, workers=workers, watch=watch)
+    assert store.result(few[2])["total"] == 7
+    assert store.result(few[2])["seconds"] >= 0
+    assert sorted(watch.of("done")) == [1, 2, 4]
+    assert watch.of("done")[-1] == 4
+
+    more = [*few, stage(value=8, parents=[few[2]]), stage(value=16)]
+    watch = Watch()
+    run_stages(more, store, perform, workers=workers, watch=watch)
+    assert sorted(watch.of("kept")) == [1, 2, 4]
+    assert sorted(watch.of("done")) == [8, 16]
+    assert store.result(more[3])["total"] == 15
+    # Each was worked on once.
+    assert len(list(marks.iterdir())) == 5
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failure_names_the_stage_and_keeps_what_was_done(workers, store, marks):
+    perform = functools.partial(work, marks)
+    first = stage(value=1)
+    broken = stage("fail", value=2, parents=[first], label="tour seed 1: RLOO")
+    other = stage(value=3, parents=[broken])
+    all_ = [first, broken, other]
+    with pytest.raises(StageError, match=r"(?s)seed 1: RLOO failed.*nothing to add"):
+        run_stages(all_, store, perform, workers=workers, watch=Watch())
+    assert store.is_done(first)
+    assert not store.is_done(other)
+    (marks / "mended").touch()
+    watch = Watch()
+    run_stages(all_, store, perform, workers=workers, watch=watch)
+    assert watch.of("kept") == [1]
+    assert store.result(other)["total"] == 6
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_process_is_noticed_while_others_talk_on(store, marks):
+    perform = functools.partial(work, marks)
+    talker = stage("talk", value=1)
+    victim = stage("die", value=2, label="tour seed 1: PPO")
+    begun = time.monotonic()
+    with pytest.raises(StageError, match=r"seed 1: PPO: its process died .* -9"):
+        run_stages([talker, victim], store, perform, workers=2, watch=Watch())
+    assert time.monotonic() - begun < 20
+    assert not multiprocessing.active_children()
+    (marks / "mended").touch()
+    run_stages([talker, victim], store, perform, workers=2, watch=Watch())
+    assert store.result(victim)["total"] == 2
+
+
+def test_one_process_at_a_time_works_in_a_directory(store):
+    with (
+        store.held(),
+        pytest.raises(BusyError, match="another process works in"),
+        store.held(),
+    ):
+        pass
+    with store.held():
+        pass
+
+
+def test_the_start_is_noted_once(store):
+    first = store.started()
+    time.sleep(1.1)
+    assert store.started() == first
+
+
+def fingerprint(root, monkeypatch, **files):
+    root.mkdir(exist_ok=True)
+    for name, text in files.items():
+        path = root / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(stages.gvjax, "__file__", str(root / "__init__.py"))
+    return stages.code_fingerprint.__wrapped__()
+
+
+def test_the_fingerprint_follows_code_and_not_words_about_it(tmp_path, monkeypatch):
+    def of(**files):
+        return fingerprint(tmp_path / "package", monkeypatch, **files)
+
+    plain = of(
+        a="def f(x):\n    '''Adds.'''\n    return x + 1\n", gap__report="x = 1\n"
+    )
+    same = of(a="# Why.\ndef f(x):\n    '''Adds one.'''\n\n    return x + 1\n")
+    assert same == plain
+    assert of(gap__report="x = 2\n") == plain
+    assert of(a="def f(x):\n    return x + 2\n") != plain
+    assert of(a="def f(x):\n    return x + 1\n") == plain
+    assert of(b="") != plain
+
+
+def test_results_are_json(store):
+    each = stage(value=1)
+    store.finish(each, {"gold": [0.5]})
+    path = store.directory(each) / "result.json"
+    assert json.loads(path.read_text())["gold"] == [0.5]

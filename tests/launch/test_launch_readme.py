@@ -1,0 +1,48 @@
+"""Every command in launch/README.md works, and prints the lines shown under it."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from launch import __main__ as main_lib
+
+README = Path(__file__).parents[2] / "launch" / "README.md"
+
+
+def _examples():
+    for block in re.findall(r"```console\n(.*?)```", README.read_text(), re.DOTALL):
+        for example in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = example.partition("\n")
+            yield command, [line for line in output.splitlines() if line != "..."]
+
+
+EXAMPLES = list(_examples())
+
+
+def test_every_backend_is_shown():
+    shown = " ".join(command for command, _ in EXAMPLES)
+    for backend in ("local", "tpu-vm", "gke", "slurm", "sky", "xpk"):
+        assert f"--dry-run --backend {backend} " in shown
+
+
+@pytest.mark.parametrize(("command", "lines"), EXAMPLES, ids=range(len(EXAMPLES)))
+def test_readme_example(command, lines, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("GVJAX_LAUNCH_STATE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "launch"]
+    refused = any("nothing was started" in line for line in lines)
+    # An example that would start something is no example to run here.
+    assert refused or "--dry-run" in words or words[3] in ("--help", "hardware")
+    try:
+        code = main_lib.main(words[3:])
+    except SystemExit as ended:
+        code = ended.code
+    shown = capsys.readouterr()
+    assert code == (64 if refused else 0), shown.err
+    rest = (shown.out + shown.err).splitlines()
+    for line in lines:
+        assert line in rest, f"not printed, or not in this order: {line}"
+        rest = rest[rest.index(line) + 1 :]

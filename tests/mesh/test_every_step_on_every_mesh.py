@@ -1,0 +1,276 @@
+"""Every step and the sampler give the same numbers on any mesh, through what the recipes compile."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gvjax import config, sharding
+from gvjax.models import heads, transformer
+from gvjax.models.transformer import ModelConfig
+from gvjax.recipes import dpo, online_dpo, policy_gradient, ppo, reward, sft, single
+from gvjax.recipes.ground import Ground, ground_of, role_key, sampler, scorer
+from gvjax.tasks.tour import Tour
+from gvjax.types import PreferenceBatch, Rollouts, SequenceBatch
+
+MESHES = {
+    "8x1x1": (8, 1, 1),
+    "1x8x1": (1, 8, 1),
+    "1x1x8": (1, 1, 8),
+    "2x2x2": (2, 2, 2),
+}
+MODEL = ModelConfig(vocab_size=24, embed_dim=16, num_layers=1, num_heads=8, mlp_dim=16)
+ROWS, PROMPT, COMPLETION, GROUP = 16, 3, 4, 2
+OPTIMIZER = config.OptimizerSection(learning_rate=1e-2)
+ROUND = {"prompts_per_step": ROWS // GROUP, "samples_per_prompt": GROUP}
+
+
+def ground_on(sizes, model=MODEL) -> Ground:
+    data, fsdp, tensor = sizes
+    devices = jax.devices()[: data * fsdp * tensor]
+    mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
+    return Ground(model, mesh, None, 0, PROMPT, COMPLETION)
+
+
+def random_tokens(seed, vocab_size=MODEL.vocab_size):
+    shape = (ROWS, PROMPT + COMPLETION)
+    tokens = np.random.default_rng(seed).integers(1, vocab_size, shape)
+    return tokens.astype(np.int32)
+
+
+def sequences(seed, vocab_size=MODEL.vocab_size) -> SequenceBatch:
+    """Completions of 1 to 4 tokens behind prompts of 3."""
+    places = np.arange(PROMPT + COMPLETION)
+    lengths = np.random.default_rng(seed + 1).integers(1, COMPLETION + 1, (ROWS, 1))
+    mask = (places >= PROMPT) & (places < PROMPT + lengths)
+    return SequenceBatch(random_tokens(seed, vocab_size), mask)
+
+
+def pairs(vocab_size=MODEL.vocab_size) -> PreferenceBatch:
+    rng = np.random.default_rng(5)
+    ref_chosen, ref_rejected = rng.normal(-9, 1, (2, ROWS)).astype(np.float32)
+    return PreferenceBatch(
+        sequences(1, vocab_size),
+        sequences(3, vocab_size),
+        ref_chosen_logps=ref_chosen,
+        ref_rejected_logps=ref_rejected,
+    )
+
+
+def rollouts() -> Rollouts:
+    rng, batch = np.random.default_rng(6), sequences(7)
+    logps = rng.normal(-3, 0.1, batch.tokens.shape).astype(np.float32)
+    rewards = rng.normal(size=ROWS).astype(np.float32)
+    masked = np.where(batch.completion_mask, logps, 0)
+    return Rollouts(batch.tokens, batch.completion_mask, masked, rewards=rewards)
+
+
+@functools.cache
+def host_params(model=MODEL):
+    """(policy, reward model) with heads that are not 0."""
+    policy = transformer.init(jax.random.key(0), model)
+    scored = heads.init(jax.random.key(1), model, policy, zero=False)
+    return jax.tree.map(np.asarray, (policy, scored))
+
+
+def placed(ground: Ground):
+    targets = (ground.policy_shapes(), ground.reward_model_shapes())
+    return jax.tree.map(
+        lambda leaf, target: jax.device_put(leaf, target.sharding),
+        host_params(ground.model),
+        targets,
+    )
+
+
+def make_sft(ground):
+    settings = config.SftSection(steps=3, batch_size=ROWS, optimizer=OPTIMIZER)
+    compiled, _ = sft._program(ground, settings)
+    return compiled, placed(ground)[0], ground.put(sequences(0))
+
+
+def make_reward(ground):
+    settings = config.RewardSection(steps=3, batch_size=ROWS, optimizer=OPTIMIZER)
+    compiled, _ = reward._program(ground, settings)
+    return compiled, placed(ground)[1], ground.put(pairs())
+
+
+def make_dpo(ground):
+    settings = config.DpoSection(steps=3, batch_size=ROWS, optimizer=OPTIMIZER)
+    compiled, _ = dpo._program(ground, settings)
+    batch = pairs(ground.model.vocab_size)
+    return compiled, placed(ground)[0], ground.put(batch)
+
+
+def make_online_dpo(ground):
+    settings = config.OnlineDpoSection(steps=3, optimizer=OPTIMIZER, **ROUND)
+    compiled, _, pair_up, add_ref = online_dpo._program(ground, settings)
+    policy = placed(ground)[0]
+    return compiled, policy, add_ref(policy, pair_up(ground.put(rollouts())))
+
+
+def make_policy_gradient(ground):
+    settings = config.PolicyGradientSection(
+        algorithm="grpo", steps=3, optimizer=OPTIMIZER, **ROUND
+    )
+    compiled, _, prepare = policy_gradient._program(ground, settings)
+    policy, sampled = placed(ground)[0], ground.put(rollouts())
+    batch = SequenceBatch(sampled.tokens, sampled.completion_mask)
+    return compiled, policy, prepare(sampled, scorer(ground)(policy, batch))[0]
+
+
+def make_ppo(ground):
+    settings = config.PpoSection(steps=3, optimizer=OPTIMIZER, **ROUND)
+    compiled, _, prepare = ppo._program(ground, settings)
+    (policy, critic), sampled = placed(ground), ground.put(rollouts())
+    batch = SequenceBatch(sampled.tokens, sampled.completion_mask)
+    ready, _ = prepare(critic, sampled, scorer(ground)(policy, batch))
+    return compiled, {"policy": policy, "value": critic}, ready
+
+
+CASES = {
+    "sft": make_sft,
+    "reward": make_reward,
+    "dpo": make_dpo,
+    "online dpo": make_online_dpo,
+    "policy gradient": make_policy_gradient,
+    "ppo": make_ppo,
+}
+
+
+def train(make, ground):
+    """(losses of three steps, parameters after them)."""
+    compiled, params, batch = make(ground)
+    state, losses = compiled.start(params), []
+    for _ in range(3):
+        state, metrics = compiled.step(state, batch)
+        assert metrics["skipped"] == 0
+        losses.append(float(metrics["loss"]))
+    return losses, jax.tree.map(np.asarray, state.params)
+
+
+@functools.cache
+def on_one_device(name):
+    return train(CASES[name], ground_on((1, 1, 1)))
+
+
+def assert_same(found, expected):
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, atol=1e-6)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected[1]):
+        other = functools.reduce(lambda node, key: node[key.key], path, found[1])
+        error = np.linalg.norm(other - leaf) / max(np.linalg.norm(leaf), 1e-3)
+        assert error < 1e-5, jax.tree_util.keystr(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", CASES)
+def test_three_steps_are_the_same_as_on_one_device(name, mesh):
+    losses, _ = expected = on_one_device(name)
+    assert len(set(losses)) == 3
+    assert_same(train(CASES[name], ground_on(MESHES[mesh])), expected)
+
+
+def sample_on(sizes):
+    ground = ground_on(sizes)
+    prompts = random_tokens(0)[:8, :PROMPT]
+    lengths, ids = np.full(8, PROMPT, np.int32), np.arange(8)
+    prompts, lengths, ids = ground.put((prompts, lengths, ids))
+    sample = sampler(ground, GROUP)
+    drawn = sample(placed(ground)[0], prompts, lengths, role_key(0, "test"), ids)
+    return jax.tree.map(np.asarray, drawn)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_sampler_draws_the_same(mesh):
+    expected, found = sample_on((1, 1, 1)), sample_on(MESHES[mesh])
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.completion_mask, expected.completion_mask)
+    np.testing.assert_allclose(found.logps, expected.logps, rtol=1e-6, atol=1e-6)
+
+
+def test_a_vocabulary_that_does_not_divide_stays_whole_and_changes_nothing():
+    model = dataclasses.replace(MODEL, vocab_size=21)
+    ground = ground_on((2, 2, 2), model)
+    split = ground.policy_shapes()["embed"]["embedding"].sharding.spec
+    assert tuple(split) == (None, "fsdp")
+    even = ground_on((2, 2, 2)).policy_shapes()["embed"]["embedding"].sharding.spec
+    assert tuple(even) == ("tensor", "fsdp")
+    expected = train(make_dpo, ground_on((1, 1, 1), model))
+    assert_same(train(make_dpo, ground), expected)
+
+
+TOUR = Tour(seed=1, num_nodes=6, degree=2, num_goals=2, horizon=4)
+SIZES = {"embed_dim": 32, "num_layers": 1, "num_heads": 4, "mlp_dim": 64}
+
+
+@pytest.mark.parametrize(
+    "sizes, mesh, message",
+    [
+        (
+            {"num_heads": 2},
+            {"data": 1, "tensor": 8},
+            "model.num_heads 2 is not divisible by tensor=8; use 8, or a tensor axis of 1 or 2",
+        ),
+        (
+            {"num_kv_heads": 1},
+            {"data": 4, "tensor": 2},
+            "model.kv_heads 1 is not divisible by tensor=2; use 2, or a tensor axis of 1",
+        ),
+        (
+            {"embed_dim": 12, "num_heads": 2},
+            {"data": 1, "fsdp": 8},
+            "size 12 is not divisible by fsdp=8; use a size of 8 or 16, or split it",
+        ),
+        ({}, {"data": 3}, "data=3 x fsdp=1 x tensor=1 needs 3 devices and there are 8"),
+    ],
+)
+def test_networks_that_do_not_fit_the_mesh_are_refused(sizes, mesh, message):
+    with pytest.raises(config.ConfigError, match=message):
+        ground_of(TOUR, {**SIZES, **sizes}, config.MeshSection(**mesh))
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        (
+            config.SftSection(steps=1, batch_size=12),
+            "batch_size 12 is not divisible by data=8 x fsdp=1; use 8 or 16",
+        ),
+        (
+            config.RebelSection(steps=1, prompts_per_step=4),
+            "prompts_per_step 4 is not divisible by data=8 x fsdp=1; use 8",
+        ),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused_before_anything_is_compiled(
+    section, message
+):
+    ground = ground_of(TOUR, SIZES, config.MeshSection())
+    with pytest.raises(config.ConfigError, match=message):
+        single.check(section, ground)
+
+
+def test_not_a_number_is_skipped_on_a_mesh():
+    ground = ground_on((2, 2, 2))
+    compiled, params, batch = make_reward(ground)
+    state = compiled.start(params)
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    margin = jnp.full(ROWS, jnp.nan)
+    bad = dataclasses.replace(batch, margin=jax.device_put(margin, batch_split(ground)))
+    state, metrics = compiled.step(state, bad)
+    assert metrics["skipped"] == 1 and state.step == 1
+    after = jax.tree.map(np.asarray, (state.params, state.opt_state))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    state, metrics = compiled.step(state, batch)
+    assert metrics["skipped"] == 0 and state.step == 2
+    assert np.any(
+        np.asarray(state.params["head"]["kernel"]) != params["head"]["kernel"]
+    )
+
+
+def batch_split(ground):
+    return sharding.batch_sharding(ground.mesh)

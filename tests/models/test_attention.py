@@ -1,0 +1,127 @@
+"""Attention against its definition, and the kernel that each platform gets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gvjax.models import transformer
+from gvjax.models.attention import AttentionConfig, causal_attention, choose_kernel
+
+
+def naive(queries, keys, values, config, segments):
+    """In float64 numpy, one query at a time."""
+    out = np.zeros(queries.shape)
+    group = queries.shape[2] // keys.shape[2]
+    for b, t, h in np.ndindex(queries.shape[:3]):
+        first = 0 if config.window is None else max(0, t - config.window + 1)
+        seen = [s for s in range(first, t + 1) if segments[b, s] == segments[b, t]]
+        scores = config.scale * keys[b, seen, h // group] @ queries[b, t, h]
+        if config.softcap is not None:
+            scores = config.softcap * np.tanh(scores / config.softcap)
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = weights / weights.sum() @ values[b, seen, h // group]
+    return out
+
+
+@pytest.mark.parametrize("length", [7, 300])
+@pytest.mark.parametrize(
+    "config",
+    [AttentionConfig(0.5), AttentionConfig(0.5, window=5, softcap=0.7)],
+    ids=["global", "local"],
+)
+def test_blocks_of_queries_see_what_the_definition_says(length, config):
+    rng = np.random.default_rng(0)
+    queries = rng.normal(size=(2, length, 4, 2))
+    keys, values = rng.normal(size=(2, 2, length, 2, 2))
+    segments = np.sort(rng.integers(1, 3, (2, length)), axis=1)
+    for packing in (None, segments):
+        ids = np.ones((2, length)) if packing is None else packing
+        got = causal_attention(
+            *(jnp.asarray(x, jnp.float32) for x in (queries, keys, values)),
+            config=config,
+            segments=packing,
+        )
+        np.testing.assert_allclose(
+            got, naive(queries, keys, values, config, ids), atol=1e-5
+        )
+
+
+def test_rotation_turns_pairs_of_the_rotated_part_only():
+    config = transformer.ModelConfig(
+        vocab_size=2,
+        embed_dim=8,
+        num_layers=1,
+        num_heads=1,
+        mlp_dim=8,
+        rope_fraction=0.5,
+        rope_theta=100.0,
+    )
+    x = jnp.arange(1.0, 9.0).reshape(1, 1, 1, 8)
+    rotation = transformer._rotation(jnp.array([[3]]), config, 0)
+    got = transformer._rotate(x, rotation)[0, 0, 0]
+    # Pairs (1, 3) and (2, 4) turn by 3 · 100⁰ and 3 · 100^(−1/2); 5 to 8 stand still.
+    a, b = 3.0, 0.3
+    expected = [
+        np.cos(a) - 3 * np.sin(a),
+        2 * np.cos(b) - 4 * np.sin(b),
+        3 * np.cos(a) + np.sin(a),
+        4 * np.cos(b) + 2 * np.sin(b),
+        *[5, 6, 7, 8],
+    ]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "expected, change",
+    [
+        ("cudnn", {}),
+        ("xla", {"dtype": jnp.float32}),
+        ("xla", {"head_dim": 256}),
+        ("xla", {"head_dim": 100}),
+        ("xla", {"packed": True}),
+        ("xla", {"config": AttentionConfig(1.0, softcap=50.0)}),
+        ("xla", {"platform": None}),
+        ("xla", {"platform": "cpu"}),
+        ("splash", {"platform": "tpu"}),
+        ("splash", {"platform": "tpu", "packed": True, "dtype": jnp.float32}),
+        ("xla", {"platform": "tpu", "head_dim": 64}),
+    ],
+    ids=str,
+)
+def test_the_kernel_follows_platform_and_shapes(expected, change):
+    usual = {
+        "config": AttentionConfig(1.0),
+        "platform": "gpu",
+        "dtype": jnp.bfloat16,
+        "head_dim": 128,
+        "packed": False,
+    }
+    settings = {**usual, **change}
+    settings["dtype"] = jnp.dtype(settings["dtype"])
+    assert choose_kernel(settings.pop("config"), **settings) == expected
+
+
+@pytest.mark.parametrize(
+    "platform, target, call",
+    [("gpu", "cuda", "cudnn"), ("tpu", "tpu", "tpu_custom_call"), (None, "cpu", "")],
+)
+def test_a_program_for_another_platform_holds_its_kernel(
+    platform, target, call, monkeypatch
+):
+    # The process' own backend is a CPU here: the choice must not look at it. JAX asks for an installed cuDNN while it
+    # traces, which a machine without a GPU has not.
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
+    )
+    queries = jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16)
+    keys = jax.ShapeDtypeStruct((2, 256, 2, 128), jnp.bfloat16)
+
+    def loss(q, k, v):
+        config = AttentionConfig(0.1, window=100)
+        return jnp.sum(causal_attention(q, k, v, config=config, platform=platform))
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(queries, keys, keys)
+    text = traced.lower(lowering_platforms=(target,)).as_text()
+    assert call in text
+    assert platform is not None or "custom_call" not in text

@@ -1,0 +1,285 @@
+"""No dead knobs: every field of every recipe changes the traced program, or is read by what runs around it."""
+
+import ast
+import inspect
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gvjax import config, steps
+from gvjax.recipes import (
+    best_of_n,
+    dpo,
+    hypo,
+    online_dpo,
+    policy_gradient,
+    ppo,
+    rebel,
+    rejection,
+    reward,
+    sft,
+    single,
+)
+from gvjax.types import ActorCriticBatch, PreferenceBatch, Rollouts, SequenceBatch
+
+B, T = 8, 6
+MODULES = {
+    config.SftSection: sft,
+    config.RewardSection: reward,
+    config.DpoSection: dpo,
+    config.HypoSection: hypo,
+    config.OnlineDpoSection: online_dpo,
+    config.PolicyGradientSection: policy_gradient,
+    config.PpoSection: ppo,
+    config.RebelSection: rebel,
+    config.BestOfNSection: best_of_n,
+    config.RejectionSection: rejection,
+}
+
+OPTIMIZER = {
+    "learning_rate": 0.5,
+    "schedule": "linear",
+    "warmup_steps": 3,
+    "b1": 0.5,
+    "b2": 0.5,
+    "eps": 0.5,
+    "weight_decay": 0.5,
+    "max_grad_norm": 0.5,
+}
+COSINE = {"learning_rate": 0.1, "schedule": "cosine"}
+COMMON = {"steps": 11, "num_microbatches": 2}
+ROUND = {**COMMON, "epochs": 3}
+CLIPPED = {"algorithm": "grpo"}
+
+# Section -> field -> (what else is set on both sides, the other value). These change the traced program.
+TRACED = {
+    config.SftSection: COMMON,
+    config.RewardSection: {
+        **COMMON,
+        "pooling": "mean",
+        "label_smoothing": 0.1,
+        "centering": 0.1,
+    },
+    config.DpoSection: {
+        **COMMON,
+        "loss": "ipo",
+        "loss_options": {"label_smoothing": 0.1},
+        "beta": 0.7,
+        "nll_weight": 0.5,
+    },
+    config.HypoSection: {**COMMON, "beta": 0.7, "kl_coef": 0.7},
+    config.OnlineDpoSection: {
+        **ROUND,
+        "samples_per_prompt": 2,
+        "labels": "soft",
+        "beta": 0.7,
+    },
+    config.PolicyGradientSection: {
+        **ROUND,
+        "algorithm": "grpo",
+        "samples_per_prompt": 2,
+        "kl_coef": 0.7,
+        "kl_in": ({"kl_estimator": "k1", "kl_coef": 0.0}, None),
+        "kl_estimator": ({"kl_in": "loss", "kl_estimator": "k2"}, "k3"),
+        "epsilon": (CLIPPED, 0.7),
+        "epsilon_high": (CLIPPED, 0.7),
+    },
+    config.PpoSection: {
+        **ROUND,
+        "samples_per_prompt": 2,
+        "kl_coef": 0.7,
+        "gamma": 0.7,
+        "lam": 0.7,
+        "epsilon": 0.7,
+        "value_epsilon": 0.7,
+        "value_coef": 0.7,
+        "whiten_advantages": False,
+    },
+    config.RebelSection: {**ROUND, "eta": 0.7, "kl_coef": 0.7},
+    config.BestOfNSection: {},
+    config.RejectionSection: COMMON,
+}
+# `kl_in` cannot be flipped alone: its estimator must fit.
+del TRACED[config.PolicyGradientSection]["kl_in"]
+
+# Fields of what runs around the program: how much is drawn, when it is judged, what it starts from.
+AROUND = {
+    "batch_size",
+    "evaluate_every",
+    "early_stop",
+    "zero_head",
+    "on_policy_prompts",
+    "prompts_per_step",
+    "generation",
+    "rewards",
+    "missing_eos_penalty",
+    "n",
+}
+
+
+def logps_fn(params, tokens):
+    return params["w"] * jnp.sin(tokens.astype(jnp.float32) * params["w"])
+
+
+def rewards_fn(pooling):
+    scale = {"sum": 1.0, "mean": 2.0, "last": 3.0}[pooling]
+
+    def rewards(params, tokens, mask):
+        return scale * jnp.sum(logps_fn(params, tokens) * mask, axis=1)
+
+    return rewards
+
+
+def values_fn(params, tokens):
+    return logps_fn(params, tokens) + 1.0
+
+
+@pytest.fixture(autouse=True)
+def a_small_critic(monkeypatch):
+    monkeypatch.setattr(ppo.heads, "values_fn", lambda model, mesh: values_fn)
+
+
+GROUND = types.SimpleNamespace(
+    logps_fn=logps_fn,
+    reward_fn=rewards_fn,
+    completion_length=4,
+    model=None,
+    mesh=None,
+    compiler=lambda step, tx: (step, tx),
+)
+
+
+def batches():
+    tokens = jnp.arange(B * T).reshape(B, T) % 7
+    mask = jnp.broadcast_to(jnp.arange(T) >= 2, (B, T))
+    sequences = SequenceBatch(tokens, mask)
+    ones, rows = jnp.ones((B, T)), jnp.arange(B, dtype=jnp.float32)
+    pairs = PreferenceBatch(
+        chosen=sequences,
+        rejected=sequences,
+        ref_chosen_logps=rows,
+        ref_rejected_logps=rows,
+        margin=rows,
+        weight=None,
+    )
+    rollouts = Rollouts(tokens, mask, ones, rewards=rows)
+    return sequences, pairs, rollouts
+
+
+def traced(settings) -> str:
+    """The programs of a recipe over a model of one number, as text."""
+    module = MODULES[type(settings)]
+    program = module._program.__wrapped__(GROUND, settings)
+    (step, tx), *others = program
+    sequences, pairs, rollouts = batches()
+    params = {"w": jnp.asarray(0.5)}
+    ref_logps, texts = jnp.zeros((B, T)), []
+
+    def text(function, *arguments):
+        texts.append(str(jax.make_jaxpr(function)(*arguments)))
+        return jax.eval_shape(function, *arguments)
+
+    batch = sequences
+    if module in (reward, dpo):
+        batch = pairs
+    if module is hypo:
+        batch = (pairs, sequences, jnp.zeros(B))
+    if module is online_dpo:
+        batch = text(others[1], rollouts)
+        batch = jax.eval_shape(others[2], params, batch)
+    if module in (policy_gradient, rebel):
+        batch, _ = text(others[1], rollouts, ref_logps)
+    if module is ppo:
+        batch, _ = text(others[1], params, rollouts, ref_logps)
+        assert isinstance(batch, ActorCriticBatch)
+        params = {"policy": params, "value": params}
+    state = jax.eval_shape(lambda p: steps.init_train_state(p, tx), params)
+    text(step, state, batch)
+    return re.sub(r"0x[0-9a-f]+", "", "\n".join(texts))
+
+
+def made(kind, **fields):
+    sizes = {
+        "steps": 20,
+        "batch_size": B,
+        "prompts_per_step": 2,
+        "samples_per_prompt": 4,
+        "on_policy_prompts": B,
+        "optimizer": COSINE,
+    }
+    known = {name: value for name, value in sizes.items() if name in kind.model_fields}
+    return config._validate(kind, {**known, **fields}, "test")
+
+
+CASES = [
+    (kind, field, value)
+    for kind, fields in TRACED.items()
+    for field, value in fields.items()
+]
+
+
+@pytest.mark.parametrize(
+    "kind, field, value", CASES, ids=[f"{k.__name__}.{f}" for k, f, _ in CASES]
+)
+def test_a_field_changes_the_program(kind, field, value):
+    base, other = value if isinstance(value, tuple) else ({}, value)
+    before = traced(made(kind, **base))
+    assert before == traced(made(kind, **base))
+    assert traced(made(kind, **{**base, field: other})) != before
+
+
+@pytest.mark.parametrize("field", OPTIMIZER)
+def test_a_field_of_the_optimizer_changes_the_program(field):
+    def with_optimizer(**fields):
+        return traced(made(config.SftSection, optimizer={**COSINE, **fields}))
+
+    assert with_optimizer() == with_optimizer()
+    assert with_optimizer(**{field: OPTIMIZER[field]}) != with_optimizer()
+    assert set(OPTIMIZER) == set(config.OptimizerSection.model_fields)
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "dr_grpo", "dapo", "gspo", "cispo"])
+def test_every_algorithm_is_a_program_of_its_own(algorithm):
+    def of(name):
+        return traced(made(config.PolicyGradientSection, algorithm=name))
+
+    assert of(algorithm) not in (of("rloo"), of("grpo"))
+
+
+def test_the_kl_goes_where_it_is_put():
+    kind = config.PolicyGradientSection
+    in_loss = traced(made(kind, kl_in="loss", kl_estimator="k2"))
+    assert in_loss != traced(made(kind))
+
+
+def attributes_read(module) -> set[str]:
+    """Names `settings.x` and `section.x` that a module's code reads."""
+    tree = ast.parse(inspect.getsource(module))
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("settings", "section")
+    }
+
+
+@pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
+def test_every_other_field_is_read_around_it(kind):
+    special = {"recipe", "optimizer"} | (
+        {"kl_in"} if kind is config.PolicyGradientSection else set()
+    )
+    left = set(kind.model_fields) - set(TRACED[kind]) - special
+    assert left <= AROUND
+    assert left <= attributes_read(MODULES[kind])
+    if kind is not config.BestOfNSection:
+        assert "optimizer" in attributes_read(MODULES[kind])
+
+
+def test_every_field_of_a_run_is_read():
+    assert set(config.RunConfig.model_fields) - {"reward_model", "start"} <= (
+        attributes_read(single)
+    )

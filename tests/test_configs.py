@@ -1,0 +1,125 @@
+"""Every YAML under configs/ loads, and its recipes take two steps at tiny size."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+import yaml
+
+from gvjax import config, sharding
+from gvjax.gap import study
+from gvjax.recipes import single
+from gvjax.recipes.ground import ground_of
+
+ROOT = pathlib.Path(__file__).parent.parent / "configs"
+PATHS = sorted(ROOT.rglob("*.yaml"))
+NAMES = [path.relative_to(ROOT).as_posix() for path in PATHS]
+
+TINY = {
+    "steps": 2,
+    "batch_size": 8,
+    "prompts_per_step": 4,
+    "samples_per_prompt": 2,
+    "on_policy_prompts": 8,
+    "evaluate_every": 1,
+    "count": 8,
+    "heldout": 4,
+    "test_prompts": 4,
+    "validation_prompts": 4,
+    "prompts": 4,
+    "n": 2,
+    "num_layers": 1,
+    "embed_dim": 8,
+    "mlp_dim": 8,
+    "num_heads": 2,
+}
+
+
+def shrunk(value, key=""):
+    """The same config with every size that costs time made tiny."""
+    if isinstance(value, dict):
+        return {name: shrunk(each, name) for name, each in value.items()}
+    if isinstance(value, list):
+        if key == "seeds":
+            return value[:1]
+        if key == "best_of_n":
+            return [1, 2]
+        return [shrunk(each) for each in value]
+    return TINY.get(key, value) if isinstance(value, int) else value
+
+
+def runs_in(data, tmp_path):
+    """Its run directories moved to a temporary place."""
+    return {
+        key: str(tmp_path / pathlib.Path(value).name)
+        if key in ("run_dir", "start", "reward_model")
+        else value
+        for key, value in data.items()
+    }
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_loads_plans_and_says_how_to_run_it(path, monkeypatch):
+    # On one device, as on a laptop.
+    one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", one)
+    settings = config.load(path)
+    head = path.read_text().partition("\ntask:")[0]
+    verb = "compare" if isinstance(settings, config.StudyConfig) else "run"
+    name = path.relative_to(ROOT.parent).as_posix()
+    assert f"#   command    gvjax {verb} {name}" in head
+    assert "#   hardware" in head
+    if isinstance(settings, config.StudyConfig):
+        study.check(settings)
+        stages = study.plan_of(settings, "code").stages
+        assert len({stage.key for stage in stages}) == len(stages)
+    else:
+        task = single.task_of(settings.task, settings.seed)
+        single.check(settings.settings, ground_of(task, settings.model, settings.mesh))
+
+
+def run_lines(lines, tmp_path):
+    """Runs Python in a process with one device, as users have it."""
+    script = tmp_path / "script.py"
+    script.write_text("\n".join(["from gvjax.__main__ import main", *lines]) + "\n")
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env={**environment, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_examples_take_two_steps_one_after_the_other(tmp_path):
+    found = {path.stem: path for path in sorted((ROOT / "tour").glob("*.yaml"))}
+    # Those that others start from come first.
+    names = ["sft", "reward", *(n for n in found if n not in ("sft", "reward"))]
+    for name in names:
+        data = runs_in(shrunk(yaml.safe_load(found[name].read_text())), tmp_path)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(data))
+    run_lines(
+        [f"assert main(['run', '{name}.yaml']) == 0, {name!r}" for name in names],
+        tmp_path,
+    )
+    for name in names:
+        assert (tmp_path / name / "result.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name, path in zip(NAMES, PATHS) if path.parent == ROOT]
+)
+def test_studies_take_two_steps_in_every_arm(name, tmp_path):
+    data = shrunk(yaml.safe_load((ROOT / name).read_text()))
+    data["run_dir"], data["workers"] = str(tmp_path / "run"), 1
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(data))
+    run_lines(["assert main(['compare', 'study.yaml']) == 0"], tmp_path)
+    assert (tmp_path / "run" / "report.html").exists()

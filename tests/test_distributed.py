@@ -1,0 +1,356 @@
+"""Real processes that start together, notice each other's death, and end with the agreed codes."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from distributed_worker import RULES, init, step
+
+from gvjax import distributed, sharding
+from gvjax.checkpoint import Checkpoints
+
+WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+class Group:
+    """Processes of two virtual devices each, that run one act of the worker together."""
+
+    def __init__(self, act: str, directory: pathlib.Path, count: int = 2):
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "GVJAX_COORDINATOR": f"localhost:{free_port()}",
+            "GVJAX_NUM_PROCESSES": str(count),
+        }
+        self.directory = directory
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, str(WORKER), act, str(directory)],
+                env={**environment, "GVJAX_PROCESS_ID": str(index)},
+                stdout=subprocess.PIPE,
+                stderr=(directory / f"{index}.err").open("w"),
+                text=True,
+            )
+            for index in range(count)
+        ]
+
+    def wait_for_step(self, number: int) -> None:
+        for process in self.processes:
+            while (line := process.stdout.readline().strip()) != str(number):
+                if not line and process.poll() is not None:
+                    pytest.fail(self.errors())
+
+    def codes(self, timeout: float) -> list[int]:
+        """Exit codes, of processes that must all be gone within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=max(deadline - time.monotonic(), 0.01))
+        codes = [process.poll() for process in self.processes]
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        assert None not in codes, f"{codes} after {timeout} s\n{self.errors()}"
+        return codes
+
+    def errors(self) -> str:
+        return "\n".join(p.read_text()[-3000:] for p in self.directory.glob("*.err"))
+
+    def results(self) -> list[dict]:
+        return [
+            json.loads((self.directory / f"{index}.json").read_text())
+            for index in range(len(self.processes))
+        ]
+
+
+@pytest.fixture
+def start(tmp_path):
+    groups = []
+
+    def start(act: str, count: int = 2) -> Group:
+        groups.append(Group(act, tmp_path, count))
+        return groups[-1]
+
+    yield start
+    for group in groups:
+        for process in group.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def alone(steps: int) -> list[float]:
+    from distributed_worker import batch_at
+
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    state = sharding.init_sharded(init, mesh, RULES)
+    targets = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted, losses = sharding.jit_step(step, mesh, targets), []
+    for number in range(steps):
+        state, metrics = jitted(state, sharding.put_batch(mesh, batch_at(number)))
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_many_processes_train_as_one(start, count):
+    group = start("train", count)
+    assert group.codes(90) == [0] * count, group.errors()
+    results = group.results()
+    for result in results:
+        assert result["processes"] == count
+        np.testing.assert_allclose(result["losses"], alone(3), rtol=1e-6)
+    assert all(result["losses"] == results[0]["losses"] for result in results)
+    assert sorted(row for r in results for row in r["rows"]) == list(range(8))
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_tensor_axis_load_the_same_rows(start):
+    group = start("tensor")
+    assert group.codes(60) == [0, 0], group.errors()
+    first, second = group.results()
+    assert first["rows"] == second["rows"] == list(range(8))
+    np.testing.assert_allclose(first["losses"], alone(3), rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_killed_all_are_gone_within_two_seconds_and_a_new_group_resumes(
+    start, victim
+):
+    group = start("kill")
+    group.wait_for_step(5)
+    group.processes[victim].send_signal(signal.SIGKILL)
+    codes = group.codes(2)
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] not in (0, 85)
+
+    group = start("resume")
+    assert group.codes(60) == [0, 0], group.errors()
+    first, second = group.results()
+    # Saves are due at 2 and 4; that of 4 may still have been under way.
+    assert first["step"] == second["step"] >= 2 + 3
+    np.testing.assert_allclose(first["losses"], alone(first["step"])[-3:], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_exception_in_one_ends_all_at_once(start):
+    group = start("raise")
+    group.wait_for_step(5)
+    codes = group.codes(5)
+    assert codes[1] == distributed.ExitCode.CRASH
+    assert codes[0] not in (0, 85)
+    assert "KeyError: 'a bug in one process'" in group.errors()
+
+
+@pytest.mark.slow
+def test_a_stuck_loop_is_ended_by_the_watchdog_with_its_stack(start):
+    group = start("hang")
+    group.wait_for_step(5)
+    codes = group.codes(8)
+    assert distributed.ExitCode.HANG in codes and 0 not in codes
+    assert "watchdog: no step for" in group.errors()
+    assert "distributed_worker.py" in group.errors()
+
+
+@pytest.mark.slow
+def test_a_frozen_process_is_noticed_by_its_heartbeat(start):
+    group = start("freeze")
+    group.wait_for_step(3)
+    group.processes[1].send_signal(signal.SIGSTOP)
+    start_time = time.monotonic()
+    try:
+        assert group.processes[0].wait(timeout=25) not in (0, 85)
+    finally:
+        group.processes[1].kill()
+    assert time.monotonic() - start_time > 1
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_stops_all_at_the_same_step_and_the_run_goes_on_elsewhere(start):
+    group = start("term")
+    group.wait_for_step(4)
+    group.processes[1].send_signal(signal.SIGTERM)
+    assert group.codes(15) == [85, 85], group.errors()
+    first, second = group.results()
+    assert first["step"] == second["step"] > 4
+    assert first["losses"] == second["losses"]
+    # Saved by two processes of two devices, restored by this one with eight.
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    targets = sharding.shardings(mesh, jax.eval_shape(init), RULES)
+    with Checkpoints(group.directory / "ckpt", every_steps=2) as checkpoints:
+        restored = checkpoints.restore(sharding.abstract(jax.eval_shape(init), targets))
+    assert restored.step == first["step"] == int(restored.state["step"])
+    assert restored.meta == {"row": first["step"]}
+    np.testing.assert_allclose(alone(first["step"]), first["losses"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_with_different_batches_do_not_start(start):
+    group = start("differ")
+    assert group.codes(30) == [70, 70]
+    assert "first batch differs between processes: [1] have another" in group.errors()
+
+
+def test_the_first_source_that_speaks_wins():
+    arguments = distributed._Cluster("a:1", 2, 1)
+    gvjax = {
+        "GVJAX_COORDINATOR": "b:2",
+        "GVJAX_NUM_PROCESSES": "4",
+        "GVJAX_PROCESS_ID": "3",
+    }
+    sky = {
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": "0",
+    }
+    nobody = distributed._Cluster()
+    resolve = distributed._resolve
+    assert resolve(arguments, {**gvjax, **sky})[0] == arguments
+    assert resolve(nobody, {**gvjax, **sky})[0] == distributed._Cluster("b:2", 4, 3)
+    assert resolve(nobody, sky)[0] == distributed._Cluster("10.0.0.1:8476", 2, 0)
+    assert resolve(nobody, {}) == (nobody, None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"GVJAX_NUM_PROCESSES": "2", "GVJAX_PROCESS_ID": "0"},
+            "GVJAX_.*leave out coordinator",
+        ),
+        ({"GVJAX_COORDINATOR": "a:1"}, "leave out num_processes and process_id"),
+        ({"GVJAX_NUM_PROCESSES": "two"}, "GVJAX_NUM_PROCESSES='two' must be an int"),
+        (
+            {
+                "GVJAX_COORDINATOR": "a:1",
+                "GVJAX_NUM_PROCESSES": "2",
+                "GVJAX_PROCESS_ID": "2",
+            },
+            "process_id 2 of num_processes 2",
+        ),
+        (
+            {
+                "GVJAX_COORDINATOR": "a",
+                "GVJAX_NUM_PROCESSES": "2",
+                "GVJAX_PROCESS_ID": "1",
+            },
+            "'a'; it must be host:port",
+        ),
+    ],
+)
+def test_half_given_clusters_are_refused(environment, message):
+    with pytest.raises(ValueError, match=message):
+        distributed._resolve(distributed._Cluster(), environment)
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"SLURM_STEP_NUM_TASKS": "4"},
+        {"TPU_WORKER_HOSTNAMES": "a,b"},
+        {"JAX_COORDINATOR_ADDRESS": "localhost:1"},
+    ],
+)
+def test_a_promised_group_is_not_silently_left(promise, monkeypatch):
+    jax.devices()  # jax is in use: initialize comes too late to join anybody.
+    for name, value in promise.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match="started as one of several"):
+        distributed.initialize()
+
+
+def test_alone_sigterm_is_a_notice(monkeypatch):
+    monkeypatch.setattr(distributed, "_preempted", type(distributed._preempted)())
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        distributed.initialize()
+        distributed.initialize(num_processes=1)
+        assert not distributed.preemption_requested(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert distributed.preemption_requested(2)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(SystemExit) as left:
+        distributed.exit_with(distributed.ExitCode.PREEMPTED)
+    assert left.value.code == 85
+    distributed.assert_same_on_all_hosts("config", "batch")
+
+
+def test_batch_digests_see_content_shape_dtype_and_name():
+    batch = {"x": np.arange(6, dtype=np.int32), "y": np.ones(2, np.float32)}
+    digest = distributed.batch_digest(batch)
+    assert digest == distributed.batch_digest({k: v.copy() for k, v in batch.items()})
+    for other in (
+        {**batch, "x": batch["x"][::-1]},
+        {**batch, "x": batch["x"].reshape(2, 3)},
+        {**batch, "x": batch["x"].view(np.uint32)},
+        {"z": batch["x"], "y": batch["y"]},
+    ):
+        assert distributed.batch_digest(other) != digest
+
+
+def test_the_watchdog_limit_follows_the_median_and_leaves_out_pauses(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: clock[0])
+    watchdog = distributed.Watchdog(floor_s=5, factor=10, first_s=100)
+    assert watchdog.limit_s == 100
+    for number, seconds in enumerate([60, 1, 1, 2]):
+        clock[0] += seconds
+        watchdog.beat(number)
+    assert (
+        watchdog.limit_s == 10
+    )  # the first interval, with the compilation, is left out
+    with watchdog.paused():
+        clock[0] += 1000
+    clock[0] += 3
+    watchdog.beat(5)
+    assert watchdog.limit_s == 10
+    assert distributed.Watchdog(floor_s=600, first_s=1).limit_s == 600
+    with pytest.raises(ValueError, match="factor 0 must be greater than 0"):
+        distributed.Watchdog(factor=0)
+
+
+def test_the_watchdog_lets_beats_and_pauses_live_and_ends_silence():
+    script = """
+import sys, time
+from gvjax.distributed import Watchdog
+with Watchdog(floor_s=0.8, factor=1, first_s=0.8) as watchdog:
+    for number in range(10):
+        time.sleep(0.1)
+        watchdog.beat(number)
+    with watchdog.paused():
+        time.sleep(1.6)
+    watchdog.beat(10)
+    print("alive", flush=True)
+    def stuck():
+        while True:
+            time.sleep(0.01)
+    stuck()
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30
+    )
+    assert run.returncode == distributed.ExitCode.HANG
+    assert run.stdout == "alive\n"
+    assert "since step 10" in run.stderr and "in stuck" in run.stderr

@@ -1,0 +1,138 @@
+"""Token log-probabilities: alignment by hand, chunked against dense, entropy and KL against enumeration."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from gvjax import logps
+
+
+def test_alignment_by_hand():
+    p = np.array([[[0.9, 0.1], [0.3, 0.7], [0.5, 0.5]]])
+    tokens = jnp.array([[1, 0, 1]])
+    np.testing.assert_allclose(
+        logps.token_logps(jnp.log(p), tokens),
+        [[0.0, np.log(0.9), np.log(0.7)]],
+        rtol=1e-6,
+    )
+
+
+class ChunkedTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(
+        chunk_size=[1, 5, 12, 18, 1000],
+        cap=[None, 3.0],
+    )
+    def test_equals_dense_forward_and_backward(self, chunk_size, cap):
+        rng = np.random.default_rng(chunk_size)
+        hidden = jnp.asarray(rng.normal(size=(3, 7, 4)), jnp.float32)
+        unembed = jnp.asarray(rng.normal(size=(4, 11)), jnp.float32)
+        tokens = jnp.asarray(rng.integers(0, 11, (3, 7)), jnp.int32)
+        weights = jnp.asarray(rng.normal(size=(3, 7)), jnp.float32)
+        capped = None if cap is None else (lambda x: cap * jnp.tanh(x / cap))
+
+        def dense(hidden, unembed):
+            scores = hidden @ unembed
+            return logps.token_logps(
+                scores if capped is None else capped(scores), tokens
+            )
+
+        def chunked(hidden, unembed):
+            return logps.chunked_token_logps(
+                hidden, unembed, tokens, chunk_size=chunk_size, logits_fn=capped
+            )
+
+        np.testing.assert_allclose(
+            self.variant(chunked)(hidden, unembed), dense(hidden, unembed), atol=1e-6
+        )
+
+        def gradients(function):
+            return jax.grad(
+                lambda h, u: jnp.sum(function(h, u) * weights), argnums=(0, 1)
+            )
+
+        chex.assert_trees_all_close(
+            self.variant(gradients(chunked))(hidden, unembed),
+            gradients(dense)(hidden, unembed),
+            atol=2e-6,
+        )
+
+    def test_the_full_logits_never_exist(self):
+        vocabulary, positions, chunk = 5000, 4 * 63, 16
+        function = jax.jit(
+            jax.grad(
+                lambda h, u, t: jnp.sum(
+                    logps.chunked_token_logps(h, u, t, chunk_size=chunk)
+                )
+            )
+        )
+        text = function.lower(
+            jax.ShapeDtypeStruct((4, 64, 8), jnp.float32),
+            jax.ShapeDtypeStruct((8, vocabulary), jnp.float32),
+            jax.ShapeDtypeStruct((4, 64), jnp.int32),
+        ).compile()
+        temporary = text.memory_analysis().temp_size_in_bytes
+        self.assertLess(temporary, positions * vocabulary * 4 / 2)
+
+    def test_a_chunk_of_nothing_is_refused(self):
+        with pytest.raises(ValueError, match="chunk_size is 0"):
+            logps.chunked_token_logps(
+                jnp.ones((1, 2, 3)),
+                jnp.ones((3, 4)),
+                jnp.ones((1, 2), int),
+                chunk_size=0,
+            )
+
+
+class LowPrecisionTest(chex.TestCase):
+    def test_bfloat16_inputs_give_float32_logps(self):
+        rng = np.random.default_rng(0)
+        logits = jnp.asarray(rng.normal(size=(2, 5, 9)), jnp.bfloat16)
+        tokens = jnp.asarray(rng.integers(0, 9, (2, 5)), jnp.int32)
+        result = logps.token_logps(logits, tokens)
+        self.assertEqual(result.dtype, jnp.float32)
+        np.testing.assert_allclose(
+            result, logps.token_logps(logits.astype(jnp.float32), tokens), rtol=1e-6
+        )
+        hidden, unembed = logits, jnp.asarray(rng.normal(size=(9, 9)), jnp.bfloat16)
+        self.assertEqual(
+            logps.chunked_token_logps(hidden, unembed, tokens).dtype, jnp.float32
+        )
+
+
+class EntropyAndKlTest(chex.TestCase):
+    def test_entropy_by_hand(self):
+        p = np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]])
+        with np.errstate(divide="ignore"):
+            logits = jnp.asarray(np.log(p))
+        expected = [
+            np.log(2),
+            0.0,
+            -(0.2 * np.log(0.2) + 0.3 * np.log(0.3) + 0.5 * np.log(0.5)),
+        ]
+        np.testing.assert_allclose(logps.entropy(logits), expected, atol=1e-6)
+        gradient = jax.grad(lambda x: jnp.sum(logps.entropy(x)))(logits)
+        self.assertTrue(bool(jnp.all(jnp.isfinite(gradient))))
+
+    def test_estimators_against_enumeration(self):
+        rng = np.random.default_rng(1)
+        p, q = (rng.dirichlet(np.ones(6)) for _ in range(2))
+        exact = np.sum(p * np.log(p / q))
+        logp, logq = jnp.log(p), jnp.log(q)
+        for estimator in (logps.kl_k1, logps.kl_k3):
+            np.testing.assert_allclose(
+                np.sum(p * estimator(logp, logq)), exact, rtol=1e-5
+            )
+        self.assertGreaterEqual(float(jnp.min(logps.kl_k3(logp, logq))), 0.0)
+        np.testing.assert_allclose(
+            logps.kl_k2(logp, logq), 0.5 * np.log(p / q) ** 2, rtol=1e-4
+        )
+
+    def test_k3_keeps_its_digits_near_zero(self):
+        tiny = 1e-4
+        np.testing.assert_allclose(
+            logps.kl_k3(jnp.float32(0.0), jnp.float32(tiny)), tiny**2 / 2, rtol=1e-2
+        )
