@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from gvjax import config
+from gvjax.config import reading
 
 PG = {"recipe": "policy_gradient"}
 RUN = {
@@ -353,7 +354,7 @@ def test_a_missing_file_is_a_config_error(tmp_path):
     ],
 )
 def test_scalars_are_read_as_they_look(text, value):
-    read = yaml.load(text, Loader=config._Loader)
+    read = yaml.load(text, Loader=reading.Loader)
     assert read == value
     assert type(read) is type(value)
 

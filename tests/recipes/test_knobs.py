@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from gvjax import config, steps
+from gvjax.config import reading
 from gvjax.recipes import (
     best_of_n,
     dpo,
@@ -211,7 +212,7 @@ def made(kind, **fields):
         "optimizer": COSINE,
     }
     known = {name: value for name, value in sizes.items() if name in kind.model_fields}
-    return config._validate(kind, {**known, **fields}, "test")
+    return reading.validate(kind, {**known, **fields}, "test")
 
 
 CASES = [

@@ -1,0 +1,155 @@
+"""What a run is told: YAML files with `a.b=c` overrides, read strictly into frozen sections.
+
+Unknown keys, wrong types and impossible values are refused before any device is touched, with the value, the rule and
+a way out (`ConfigError`, exit code 64). Each section below documents what to expect when a field is changed.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from gvjax.config.base import RESOLVED, ConfigError, Section, known
+from gvjax.config.reading import (
+    Loader,
+    dataclass_from,
+    import_object,
+    override,
+    validate,
+)
+from gvjax.config.recipes import (
+    RECIPES_OF_ROAD,
+    AnyRecipe,
+    BestOfNSection,
+    DpoSection,
+    HypoSection,
+    OnlineDpoSection,
+    PolicyGradientSection,
+    PpoSection,
+    RebelSection,
+    Recipe,
+    RejectionSection,
+    RewardSection,
+    RewardSources,
+    SftSection,
+    Trained,
+    VerifierSection,
+)
+from gvjax.config.run import RunConfig
+from gvjax.config.sections import (
+    CheckpointSection,
+    EvaluationSection,
+    LoggingSection,
+    MeshSection,
+    OptimizerSection,
+    PairsSection,
+    TaskSection,
+    ValidationSection,
+)
+from gvjax.config.study import (
+    BEST_OFFLINE,
+    ArmSection,
+    AugmentationSection,
+    ContrastSection,
+    StudyConfig,
+    TwinSection,
+    arm_settings,
+)
+
+__all__ = [
+    "BEST_OFFLINE",
+    "RECIPES_OF_ROAD",
+    "AnyRecipe",
+    "ArmSection",
+    "AugmentationSection",
+    "BestOfNSection",
+    "CheckpointSection",
+    "ConfigError",
+    "ContrastSection",
+    "DpoSection",
+    "EvaluationSection",
+    "HypoSection",
+    "LoggingSection",
+    "MeshSection",
+    "OnlineDpoSection",
+    "OptimizerSection",
+    "PairsSection",
+    "PolicyGradientSection",
+    "PpoSection",
+    "RebelSection",
+    "Recipe",
+    "RejectionSection",
+    "RewardSection",
+    "RewardSources",
+    "RunConfig",
+    "Section",
+    "SftSection",
+    "StudyConfig",
+    "TaskSection",
+    "Trained",
+    "TwinSection",
+    "ValidationSection",
+    "VerifierSection",
+    "arm_settings",
+    "config_hash",
+    "dataclass_from",
+    "import_object",
+    "known",
+    "load",
+    "reread",
+    "resolved",
+]
+
+
+def load(
+    path: pathlib.Path | str, overrides: Sequence[str] = ()
+) -> RunConfig | StudyConfig:
+    """Reads a config file and applies `a.b=c` overrides.
+
+    Args:
+      path: YAML; one with a `study` key is a StudyConfig, else a RunConfig.
+      overrides: each `dotted.key=value`, the value read as YAML.
+
+    Raises:
+      ConfigError: the file cannot be read, or something in it is refused.
+    """
+    path = pathlib.Path(path)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds no mapping; a config is `key: value` lines")
+    for each in overrides:
+        override(data, each)
+    kind: type[Section] = StudyConfig if "study" in data else RunConfig
+    try:
+        return validate(kind, data, str(path))  # type: ignore[return-value]
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def reread(text: str) -> RunConfig:
+    """A RunConfig that was written out with every field: unused ones are not held against it.
+
+    Raises:
+      ConfigError: it is no config of this version.
+    """
+    return validate(RunConfig, json.loads(text), "the kept config", RESOLVED)
+
+
+def resolved(config: Section) -> dict[str, Any]:
+    """Every field with its value, as plain JSON data."""
+    return config.model_dump(mode="json")
+
+
+def config_hash(config: Section | Mapping[str, Any]) -> str:
+    """16 hex digits that change when any value does."""
+    data = resolved(config) if isinstance(config, Section) else config
+    text = json.dumps(data, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

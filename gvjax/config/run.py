@@ -1,0 +1,85 @@
+"""The config of one recipe, run by `gvjax run`."""
+
+from typing import Annotated, Literal, Self
+
+import pydantic
+from pydantic import Field
+
+from gvjax.config.base import Scalar, Section, Unused, refuse_unused
+from gvjax.config.recipes import AnyRecipe
+from gvjax.config.sections import (
+    CheckpointSection,
+    LoggingSection,
+    MeshSection,
+    PairsSection,
+    TaskSection,
+    ValidationSection,
+)
+
+
+class RunConfig(Section):
+    """One recipe, run by `gvjax run`.
+
+    Attributes:
+      run_dir: where checkpoints, metrics and results go; the same command resumes an interrupted run.
+      seed: of initialisation, data order and sampling.
+      task: see TaskSection.
+      model: fields of `gvjax.models.transformer.ModelConfig`, without vocab_size, which the task gives.
+      settings: the recipe and its fields.
+      start: run directory of the policy to start from (every recipe but sft).
+      reward_model: run directory of a reward model (recipes whose rewards use one).
+      select: `best` keeps the checkpoint with the best gold reward on validation prompts, `last` the last one.
+      pairs: the preference data (reward, dpo, hypo).
+      evaluation: see ValidationSection (every recipe but sft and reward).
+      mesh, logging, checkpoints: see their sections.
+    """
+
+    run_dir: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    task: TaskSection
+    model: dict[str, Scalar]
+    settings: AnyRecipe
+    start: str | None = None
+    reward_model: str | None = None
+    select: Literal["best", "last"] = "last"
+    pairs: PairsSection | None = None
+    evaluation: ValidationSection = ValidationSection()
+    mesh: MeshSection = MeshSection()
+    logging: LoggingSection = LoggingSection()
+    checkpoints: CheckpointSection = CheckpointSection()
+
+    @pydantic.model_validator(mode="after")
+    def _has_what_the_recipe_uses(self, info: pydantic.ValidationInfo) -> Self:
+        recipe = self.settings.recipe
+        unused: Unused = []
+        if recipe in ("sft", "reward"):
+            why = f"recipe {recipe} is not judged on prompts"
+            unused += [("evaluation", why)]
+            why = f"recipe {recipe} keeps its last checkpoint" + (
+                " (early_stop keeps the best)" if recipe == "reward" else ""
+            )
+            unused += [("select", why)]
+        if recipe == "best_of_n":
+            why = "recipe best_of_n trains nothing"
+            unused += [(name, why) for name in ("select", "logging", "checkpoints")]
+        refuse_unused(self, unused, info)
+        if recipe == "reward":
+            why = "a reward model has no samples to show"
+            refuse_unused(self.logging, [("sample_every", why)], info)
+        needs_start = recipe != "sft"
+        needs_pairs = recipe in ("reward", "dpo", "hypo")
+        rewards = getattr(self.settings, "rewards", None)
+        needs_reward_model = rewards is not None and rewards.reward_model > 0
+        for field, needed in (
+            ("start", needs_start),
+            ("pairs", needs_pairs),
+            ("reward_model", needs_reward_model),
+        ):
+            given = getattr(self, field) is not None
+            if needed and not given:
+                raise ValueError(f"recipe {recipe} needs {field}; add it to the config")
+            if given and not needed:
+                raise ValueError(
+                    f"recipe {recipe} does not use {field}; take it out of the config"
+                )
+        return self
