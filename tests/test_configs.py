@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from gvjax import config, sharding
-from gvjax.gap import study
+from gvjax.gap import planning
 from gvjax.recipes import single
 from gvjax.recipes.ground import ground_of
 
@@ -74,8 +74,8 @@ def test_loads_plans_and_says_how_to_run_it(path, monkeypatch):
     assert f"#   command    gvjax {verb} {name}" in head
     assert "#   hardware" in head
     if isinstance(settings, config.StudyConfig):
-        study.check(settings)
-        stages = study.plan_of(settings, "code").stages
+        planning.check(settings)
+        stages = planning.plan_of(settings, "code").stages
         assert len({stage.key for stage in stages}) == len(stages)
     else:
         task = single.task_of(settings.task, settings.seed)

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from gvjax import config
-from gvjax.gap import report, study
+from gvjax.gap import gathering, performing, planning, report
 from gvjax.gap.results import StudyResults
 from gvjax.gap.stages import (
     Stage,
@@ -44,25 +44,25 @@ def compare(settings: config.StudyConfig, console: Console) -> StudyResults:
       StageError: a stage failed; the others stay done.
       BusyError: another process works in the run directory.
     """
-    study.check(settings)
+    planning.check(settings)
     workers = _workers(settings)
     directory = pathlib.Path(settings.run_dir)
     store = Store(directory / "stages")
     with store.held():
         store.started()
         share_compiled_programs(store)
-        plan = study.plan_of(settings, code_fingerprint())
+        plan = planning.plan_of(settings, code_fingerprint())
         frozen = directory / f"config-{config.config_hash(settings)}.json"
         frozen.write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
         with _Watch(console, plan.stages, workers) as watch:
             run_stages(
                 plan.stages,
                 store,
-                functools.partial(study.perform, settings),
+                functools.partial(performing.perform, settings),
                 workers=workers,
                 watch=watch,
             )
-        results = study.gather(settings, plan, store)
+        results = gathering.gather(settings, plan, store)
         results.save(directory / "results.json")
         report.render(results, directory / "report.html")
     console.print(report.terminal_table(results))

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from gvjax import config, sharding
-from gvjax.gap import study
+from gvjax.gap import planning
 from gvjax.gap.stages import Store
 
 TOUR = {"num_nodes": 6, "horizon": 4, "num_goals": 2}
@@ -240,8 +240,8 @@ def one_device(monkeypatch):
 
 def planned(data, code="code"):
     settings = config.StudyConfig.model_validate_json(json.dumps(data))
-    study.check(settings)
-    return study.plan_of(settings, code)
+    planning.check(settings)
+    return planning.plan_of(settings, code)
 
 
 def keys_by_place(plan):

@@ -1,0 +1,256 @@
+"""What the finished stages of a study add up to."""
+
+import dataclasses
+import importlib.metadata
+import inspect
+import math
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from gvjax import config
+from gvjax.gap import contrasts, spending
+from gvjax.gap.performing import Scene
+from gvjax.gap.planning import Plan, arms_of, ground_for, task_sections
+from gvjax.gap.results import (
+    ArmResult,
+    BestOfN,
+    Contrast,
+    CurvePoint,
+    Ledger,
+    Sample,
+    ScorerResult,
+    ScorerSeed,
+    SeedResult,
+    StudyResults,
+    TaskResult,
+)
+from gvjax.gap.stages import Store
+from gvjax.recipes.ground import (
+    Ground,
+    task_of,
+)
+
+START = "SFT"
+
+
+def gather(study: config.StudyConfig, plan: Plan, store: Store) -> StudyResults:
+    """The results of a study whose stages are all done, with its declared contrasts analysed."""
+    ground = ground_for(study)
+    results = StudyResults(
+        name=study.study,
+        config=config.resolved(study),
+        config_hash=config.config_hash(study),
+        versions=versions(),
+        started=store.started(),
+        tasks=tuple(
+            _gather_task(study, plan, store, ground, number)
+            for number in range(len(task_sections(study)))
+        ),
+        contrasts=tuple(
+            Contrast(
+                task=declared.task or study.task.name,
+                a=START if declared.a == "sft" else declared.a,
+                b=START if declared.b == "sft" else declared.b,
+                margin=declared.margin,
+                primary=declared.primary,
+            )
+            for declared in study.contrasts
+        ),
+    )
+    return contrasts.analyse(results)
+
+
+def versions() -> dict[str, str]:
+    """Of what computed the numbers, and the device."""
+    packages = ("gvjax", "jax", "jaxlib", "flax", "optax", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        **found,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _gather_task(
+    study: config.StudyConfig, plan: Plan, store: Store, ground: Ground, number: int
+) -> TaskResult:
+    section = task_sections(study)[number]
+    arms = arms_of(study, number)
+
+    def result(kind, seed, arm="", trial=0):
+        return store.result(plan.of(kind, seed, number, arm, trial))
+
+    start = ArmResult(
+        START,
+        "start",
+        tuple(_seed_result(seed, result("pairs", seed)) for seed in study.seeds),
+        "supervised fine-tuning, where every arm begins",
+    )
+    gathered = [start]
+    scorers: dict[str, list[ScorerSeed]] = {"reward model": []}
+    chosen: dict[tuple[str, int], dict[str, Any]] = {}
+    for name, arm in arms.items():
+        tried = config.arm_settings(arm)
+        seeds = []
+        for seed in study.seeds:
+            trials = [result("trial", seed, name, trial) for trial in range(len(tried))]
+            best = max(range(len(tried)), key=lambda trial: trials[trial]["validation"])
+            chosen[name, seed] = trials[best]
+            ledger = Ledger()
+            for settings, each in zip(tried, trials):
+                ledger += dataclasses.replace(
+                    spending.spent(settings, ground, study.pairs.count),
+                    seconds=each["seconds"],
+                )
+            if _uses_reward_model(arm, tried[0]):
+                ledger += dataclasses.replace(
+                    spending.spent(study.reward, ground, study.pairs.count),
+                    seconds=result("reward", seed)["seconds"],
+                )
+            setting = _differences(tried[best], arm) if arm.sweep else {}
+            seeds.append(
+                _seed_result(seed, trials[best], setting=setting, ledger=ledger)
+            )
+        road = "relabelled" if arm.data == "augmented" else arm.road
+        gathered.append(ArmResult(name, road, tuple(seeds), _describe(arm)))
+    for seed in study.seeds:
+        scorers["reward model"].append(_scorer_seed(seed, result("reward", seed)))
+        offline = [
+            (name, chosen[name, seed])
+            for name, arm in arms.items()
+            if "scorer" in chosen[name, seed] and arm.data == "pairs"
+        ]
+        if offline:
+            best_scorer = max(offline, key=lambda e: e[1]["scorer"]["log_likelihood"])
+            scorers.setdefault("DPO implicit reward", []).append(
+                _scorer_seed(seed, best_scorer[1])
+            )
+    described = {
+        "reward model": "trained on the pairs, at its own scale",
+        "DPO implicit reward": "of the offline arm that predicts best, each at its best β on these very pairs",
+    }
+    task = task_of(section, study.seeds[0])
+    optima = []
+    for seed in study.seeds:
+        scene = Scene(study, plan, store, seed=seed, task_number=number)
+        optimum = scene.task.optimum(scene.test_prompts)
+        optima.append(math.nan if optimum is None else float(np.mean(optimum)))
+    seed = study.seeds[0]
+    shown = {START: result("pairs", seed), **{a: chosen[a, seed] for a in arms}}
+    return TaskResult(
+        task=section.name,
+        role="twin" if number else "main",
+        arms=tuple(gathered),
+        prompts="nested",
+        scorers=tuple(
+            ScorerResult(name, tuple(seeds), described[name])
+            for name, seeds in scorers.items()
+        ),
+        best_of_n=tuple(
+            BestOfN(
+                name,
+                tuple(study.best_of_n),
+                tuple(
+                    tuple(result("curves", seed)["best_of_n"][name])
+                    for seed in study.seeds
+                ),
+            )
+            for name in (("gold", "reward model") if study.best_of_n else ())
+        ),
+        samples=tuple(
+            Sample(
+                prompt=shown[START]["samples"][row][0],
+                completions={n: r["samples"][row][1] for n, r in shown.items()},
+                gold={n: r["gold"][row] for n, r in shown.items()},
+            )
+            for row in range(len(shown[START]["samples"]))
+        ),
+        optimum=None if math.isnan(np.mean(optima)) else float(np.mean(optima)),
+        description=(inspect.getdoc(inspect.getmodule(type(task))) or "").split("\n")[
+            0
+        ],
+    )
+
+
+def _seed_result(
+    seed: int,
+    found: Mapping[str, Any],
+    *,
+    setting: dict[str, Any] | None = None,
+    ledger: Ledger | None = None,
+) -> SeedResult:
+    return SeedResult(
+        seed=seed,
+        gold=tuple(found["gold"]),
+        kl=found["kl"],
+        length=found["length"],
+        step=found.get("round", 0),
+        setting=setting or {},
+        curve=tuple(
+            CurvePoint(int(p["round"]), p["gold"], p["kl"], p["length"])
+            for p in found.get("curve", ())
+        ),
+        ledger=ledger or Ledger(),
+        extra={"validation_gold": found["validation"]} if "validation" in found else {},
+    )
+
+
+def _scorer_seed(seed: int, found: Mapping[str, Any]) -> ScorerSeed:
+    scorer = found["scorer"]
+    return ScorerSeed(
+        seed,
+        scorer["log_likelihood"],
+        scorer["gold_accuracy"],
+        scorer["calibration_error"],
+        tuple(scorer["pair_log_likelihoods"]),
+    )
+
+
+def _uses_reward_model(arm: config.ArmSection, settings: config.Section) -> bool:
+    rewards = getattr(settings, "rewards", None)
+    return arm.data == "augmented" or (rewards is not None and rewards.reward_model > 0)
+
+
+def _differences(settings: config.Section, arm: config.ArmSection) -> dict[str, Any]:
+    """The fields in which the sweep's entries differ, with their values in the chosen one."""
+    flat = [_flat(each.model_dump()) for each in config.arm_settings(arm)]
+    here = _flat(settings.model_dump())
+    return {
+        name: value
+        for name, value in here.items()
+        if len({str(each[name]) for each in flat}) > 1
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            made.update(_flat(value, f"{prefix}{name}."))
+        else:
+            made[prefix + name] = value if not isinstance(value, tuple) else str(value)
+    return made
+
+
+def _describe(arm: config.ArmSection) -> str:
+    tried = len(config.arm_settings(arm))
+    what = arm.settings.recipe.replace("_", " ")
+    if isinstance(arm.settings, config.PolicyGradientSection):
+        what = arm.settings.algorithm
+    data = (
+        ", on the pairs and samples that the reward model ranked"
+        if arm.data == "augmented"
+        else ""
+    )
+    start = "" if arm.start == "sft" else f", from {arm.start}"
+    sweep = f"; best of {tried} settings on validation gold" if tried > 1 else ""
+    kept = (
+        "best checkpoint on validation gold"
+        if arm.select == "best"
+        else "last checkpoint"
+    )
+    return f"{what}{data}{start}; {kept}{sweep}"

@@ -1,0 +1,224 @@
+"""The stages of a study, and what each depends on.
+
+For every seed: the SFT policy, then for the main task and each twin the labelled pairs, the reward model, and one trial
+for each setting of each arm. All arms of a seed share the SFT policy, the pairs, the network, the optimizer family, the
+prompts and the random numbers of evaluation.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from gvjax import config
+from gvjax.gap import spending
+from gvjax.gap.stages import Stage
+from gvjax.recipes import (
+    single,
+)
+from gvjax.recipes.ground import (
+    Ground,
+    ground_of,
+    task_of,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The stages of a study.
+
+    Attributes:
+      stages: all of them, parents before children.
+      by_place: (kind, seed, task, arm, trial) -> Stage.
+    """
+
+    stages: tuple[Stage, ...]
+    by_place: Mapping[tuple[Any, ...], Stage]
+
+    def of(self, kind: str, seed: int, task: int = 0, arm: str = "", trial: int = 0):
+        """The stage at a place."""
+        return self.by_place[kind, seed, task, arm, trial]
+
+
+def task_sections(study: config.StudyConfig) -> list[config.TaskSection]:
+    """The main task, then the twins'."""
+    return [study.task, *(twin.task for twin in study.twins)]
+
+
+def arms_of(study: config.StudyConfig, task: int) -> dict[str, config.ArmSection]:
+    """The arms run on the main task (0) or on a twin (1, 2, ...)."""
+    names = study.twins[task - 1].arms if task else None
+    return {
+        name: arm for name, arm in study.arms.items() if names is None or name in names
+    }
+
+
+def check(study: config.StudyConfig) -> None:
+    """Refuses what a stage would fail on later, before anything is compiled.
+
+    Raises:
+      ConfigError: a task, the network, a twin, a loss, a verifier or a size does not fit.
+    """
+    ground = ground_for(study)
+    single.check(study.sft, ground)
+    single.check(study.reward, ground)
+    for name, arm in study.arms.items():
+        for settings in config.arm_settings(arm):
+            try:
+                single.check(settings, ground)
+            except config.ConfigError as error:
+                raise config.ConfigError(f"arms.{name}: {error}") from None
+
+
+def ground_for(study: config.StudyConfig) -> Ground:
+    """The network and layout all seeds and twins share.
+
+    Raises:
+      ConfigError: a twin has another vocabulary or other lengths than the main task.
+    """
+    made = [task_of(section, study.seeds[0]) for section in task_sections(study)]
+    grounds = [ground_of(task, study.model, study.mesh) for task in made]
+    for section, ground in zip(task_sections(study), grounds):
+        if ground != grounds[0]:
+            raise config.ConfigError(
+                f"twin {section.name} does not have the main task's vocabulary and lengths, so it cannot share its SFT"
+                " policy; make it a study of its own"
+            )
+    return grounds[0]
+
+
+def plan_of(study: config.StudyConfig, code: str) -> Plan:
+    """Every stage of a study, in an order in which they can be done.
+
+    Args:
+      study: the study.
+      code: fingerprint of the code that will do it, as the process that leads the study sees it.
+    """
+    ground = ground_for(study)
+    stages: list[Stage] = []
+    by_place: dict[tuple[Any, ...], Stage] = {}
+    shared = {"model": study.model, "evaluation": study.evaluation.model_dump()}
+
+    def add(kind, seed, task, arm, trial, label, inputs: dict[str, Any], parents, cost):
+        name = task_sections(study)[task].name
+        if kind == "sft":
+            place = {"task": study.task.model_dump(), "seed": seed}
+        else:
+            section = task_sections(study)[task]
+            place = {"task": section.model_dump(), "seed": seed}
+        stage = Stage(
+            kind=kind,
+            place=(seed, task, arm, trial),
+            label=f"{name} seed {seed}: {label}",
+            inputs={**shared, **place, **inputs},
+            parents=tuple(parents),
+            cost=cost,
+            code=code,
+        )
+        stages.append(stage)
+        by_place[kind, seed, task, arm, trial] = stage
+        return stage
+
+    def cost(settings) -> float:
+        return spending.spent(settings, ground, study.pairs.count).flops
+
+    for seed in study.seeds:
+        settings = {"settings": study.sft.model_dump()}
+        start = add("sft", seed, 0, "", 0, "SFT", settings, (), cost(study.sft))
+        for task in range(len(task_sections(study))):
+            few = 4 * spending.forward_flops(
+                ground, study.pairs.count * ground.completion_length
+            )
+            inputs: dict[str, Any] = {"pairs": study.pairs.model_dump()}
+            pairs = add("pairs", seed, task, "", 0, "pairs", inputs, (start,), few)
+            inputs = {"settings": study.reward.model_dump()}
+            needed = (start, pairs)
+            verifier = add(
+                "reward",
+                seed,
+                task,
+                "",
+                0,
+                "reward model",
+                inputs,
+                needed,
+                cost(study.reward),
+            )
+            arms = arms_of(study, task)
+            extra: tuple[Stage, ...] = ()
+            if any(arm.data == "augmented" for arm in arms.values()):
+                inputs = {"augmentation": study.augmentation.model_dump()}
+                drawn = (
+                    study.augmentation.prompts * study.augmentation.samples_per_prompt
+                )
+                flops = 2 * spending.forward_flops(
+                    ground, drawn * ground.completion_length
+                )
+                extra = (
+                    add(
+                        "augmented",
+                        seed,
+                        task,
+                        "",
+                        0,
+                        "more pairs",
+                        inputs,
+                        (*needed, verifier),
+                        flops,
+                    ),
+                )
+            if study.best_of_n:
+                inputs = {"n": list(study.best_of_n)}
+                flops = spending.forward_flops(
+                    ground,
+                    study.evaluation.test_prompts
+                    * max(study.best_of_n)
+                    * ground.completion_length
+                    * 4,
+                )
+                add(
+                    "curves",
+                    seed,
+                    task,
+                    "",
+                    0,
+                    "best-of-n",
+                    inputs,
+                    (*needed, verifier),
+                    flops,
+                )
+            # Arms that start from another arm come after it.
+            for name, arm in sorted(
+                arms.items(), key=lambda item: item[1].start != "sft"
+            ):
+                parents = [*needed, verifier]
+                if arm.data == "augmented":
+                    parents += extra
+                if arm.start != "sft":
+                    trials = len(config.arm_settings(arms[arm.start]))
+                    parents += [
+                        by_place["trial", seed, task, arm.start, trial]
+                        for trial in range(trials)
+                    ]
+                for trial, tried in enumerate(config.arm_settings(arm)):
+                    inputs = {
+                        "settings": tried.model_dump(),
+                        "select": arm.select,
+                        "data": arm.data,
+                        "start": arm.start,
+                    }
+                    label = f"{name} {trial + 1}" if arm.sweep else name
+                    add(
+                        "trial",
+                        seed,
+                        task,
+                        name,
+                        trial,
+                        label,
+                        inputs,
+                        parents,
+                        cost(tried),
+                    )
+    # All SFT policies first: then there is always something to do for every process.
+    order = {"sft": 0, "pairs": 1, "reward": 1, "augmented": 2, "trial": 2, "curves": 3}
+    ordered = sorted(stages, key=lambda stage: order[stage.kind])
+    return Plan(tuple(ordered), by_place)
