@@ -12,6 +12,7 @@ import os
 import pathlib
 import queue
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -225,7 +226,8 @@ def _share_out(waiting, store, perform, workers, watch) -> None:
         process = context.Process(
             target=_work, args=(number, core, tasks, news, store, perform), daemon=True
         )
-        process.start()
+        with _ctrl_c_kept_back():
+            process.start()
         desks[number] = (process, tasks)
     by_key = {stage.key: stage for stage in waiting}
     idle, running = list(desks), dict[int, Stage]()
@@ -263,6 +265,29 @@ def _share_out(waiting, store, perform, workers, watch) -> None:
             process.join()
 
 
+@contextlib.contextmanager
+def _ctrl_c_kept_back() -> Iterator[None]:
+    """Ctrl-C waits until the end; a process started inside cannot be interrupted before it says what it does about it."""
+    if threading.current_thread() is not threading.main_thread():
+        # Ctrl-C is the main thread's affair.
+        yield
+        return
+    came: list[Any] = []
+    # Blocked for the new process, which inherits it, and kept for this one: another thread may be the one that gets it.
+    answer = signal.signal(signal.SIGINT, lambda *call: came.append(call))
+    blocked = None
+    if hasattr(signal, "pthread_sigmask"):
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if blocked is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGINT, answer)
+    if came:
+        raise KeyboardInterrupt
+
+
 def _check_alive(running, desks) -> None:
     for number, stage in running.items():
         process, _ = desks[number]
@@ -274,7 +299,7 @@ def _check_alive(running, desks) -> None:
 
 
 def _work(number, core, tasks, news, store, perform) -> None:
-    # Ctrl-C reaches the whole process group: the leader answers it, and ends the others.
+    # Ctrl-C reaches the whole process group: the leader answers it, and ends the others. It was blocked until here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if core is not None:
         # Before jax makes its thread pool: one thread on one core wastes nothing on waiting for the others.
