@@ -1,32 +1,15 @@
 """What a recipe spends, by arithmetic on its settings: tokens, floating-point operations, labels, reward-model calls."""
 
-import math
-
-import jax
-
 from gvjax import config
 from gvjax.gap.results import Ledger
-from gvjax.models.transformer import ModelConfig, init_shapes
+from gvjax.models import cost
 from gvjax.recipes.ground import Ground
 
 
-def matmul_params(model: ModelConfig) -> int:
-    """Parameters that every token is multiplied with: all matrices, but not the look-up of embeddings."""
-    shapes = init_shapes(model)
-    layers = sum(
-        math.prod(leaf.shape)
-        for leaf in jax.tree.leaves(shapes["layers"])
-        if len(leaf.shape) > 2
-    )
-    return layers + model.vocab_size * model.embed_dim
-
-
 def forward_flops(ground: Ground, tokens: int) -> float:
-    """2 · parameters · tokens, plus the causal half of attention over sequences of full length."""
-    model = ground.model
+    """Operations of a forward pass over sequences of full length, `tokens` in all; every token's logits are taken."""
     length = ground.prompt_length + ground.completion_length
-    attention = 2 * model.num_layers * model.num_heads * model.width * length
-    return float(tokens) * (2 * matmul_params(model) + attention)
+    return tokens / length * cost.forward_flops(ground.model, length)
 
 
 def spent(settings: config.Section, ground: Ground, pairs: int) -> Ledger:
@@ -43,7 +26,7 @@ def spent(settings: config.Section, ground: Ground, pairs: int) -> Ledger:
         sequences: int, *, reference: int = 0, labels: int = 0, **more
     ) -> Ledger:
         tokens = sequences * length
-        flops = 3 * forward_flops(ground, tokens) + forward_flops(
+        flops = cost.TRAINING * forward_flops(ground, tokens) + forward_flops(
             ground, reference * length
         )
         return Ledger(labels=labels, trained_tokens=tokens, flops=flops, **more)
