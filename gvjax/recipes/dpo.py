@@ -29,7 +29,7 @@ def train(
       select: `best` keeps the checkpoint with the highest gold reward on validation prompts, `last` the last.
     """
     ground, pairs = inputs.ground, inputs.required_pairs()
-    compiled, schedule = _program(ground, settings)
+    compiled, schedule = program(ground, settings)
     state = compiled.start(inputs.policy)
 
     def batch_at(round_: int):
@@ -125,7 +125,8 @@ def first_loss(settings: config.DpoSection) -> float | None:
 
 
 @cached
-def _program(ground: Ground, settings: config.DpoSection):
+def program(ground: Ground, settings: config.DpoSection):
+    """The compiled step and its learning rate."""
     tx, schedule = make_optimizer(settings.optimizer, settings.steps)
     step = steps.make_preference_step(
         ground.logps_fn,

@@ -43,7 +43,7 @@ def train(
       select: see `dpo.train`.
     """
     ground, pairs = inputs.ground, inputs.required_pairs()
-    compiled, schedule = _program(ground, settings)
+    compiled, schedule = program(ground, settings)
     state = compiled.start(inputs.policy)
     plan = Sampling("hypo", settings.on_policy_prompts, 1)
 
@@ -117,7 +117,8 @@ def hypo_objective(logps_fn: LogpsFn, *, beta: float, kl_coef: float) -> Objecti
 
 
 @cached
-def _program(ground: Ground, settings: config.HypoSection):
+def program(ground: Ground, settings: config.HypoSection):
+    """The compiled step and its learning rate."""
     tx, schedule = make_optimizer(settings.optimizer, settings.steps)
     objective = hypo_objective(
         ground.logps_fn, beta=settings.beta, kl_coef=settings.kl_coef

@@ -36,7 +36,7 @@ def train(
       select: see `loop.train`.
     """
     ground = inputs.ground
-    compiled, schedule, pair_up, add_ref = _program(ground, settings)
+    compiled, schedule, pair_up, add_ref = program(ground, settings)
     state = compiled.start(inputs.policy)
     plan = Sampling(
         "online dpo", settings.prompts_per_step, settings.samples_per_prompt
@@ -123,7 +123,8 @@ def rollout_pairs(
 
 
 @cached
-def _program(ground: Ground, settings: config.OnlineDpoSection):
+def program(ground: Ground, settings: config.OnlineDpoSection):
+    """The compiled step, its learning rate, what makes pairs of rollouts and what adds the reference to them."""
     updates = settings.steps * settings.epochs
     tx, schedule = make_optimizer(settings.optimizer, updates)
     hard = settings.labels == "hard"

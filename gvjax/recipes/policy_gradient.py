@@ -35,7 +35,7 @@ def train(
       select: see `loop.train`.
     """
     ground = inputs.ground
-    compiled, schedule, prepare = _program(ground, settings)
+    compiled, schedule, prepare = program(ground, settings)
     state = compiled.start(inputs.policy)
     plan = Sampling(
         settings.algorithm,
@@ -123,7 +123,8 @@ def make_policy_loss(ground: Ground, settings: config.PolicyGradientSection):
 
 
 @cached
-def _program(ground: Ground, settings: config.PolicyGradientSection):
+def program(ground: Ground, settings: config.PolicyGradientSection):
+    """The compiled step, its learning rate, and what makes its batch of rollouts."""
     updates = settings.steps * settings.epochs
     tx, schedule = make_optimizer(settings.optimizer, updates)
     loss, normaliser = make_policy_loss(ground, settings)

@@ -34,7 +34,7 @@ def train(
       select: see `loop.train`; what is selected and returned is the policy.
     """
     ground = inputs.ground
-    compiled, schedule, prepare = _program(ground, settings)
+    compiled, schedule, prepare = program(ground, settings)
     critic = ground.init_reward_model(
         role_key(inputs.seed, "critic"), inputs.policy, zero_head=True
     )
@@ -112,7 +112,8 @@ def round_metrics(
 
 
 @cached
-def _program(ground: Ground, settings: config.PpoSection):
+def program(ground: Ground, settings: config.PpoSection):
+    """The compiled step, its learning rate, and what makes its batch of rollouts."""
     updates = settings.steps * settings.epochs
     tx, schedule = make_optimizer(settings.optimizer, updates)
     values_fn = heads.values_fn(ground.model, mesh=ground.mesh)

@@ -36,7 +36,7 @@ def train(
       select: see `loop.train`.
     """
     ground = inputs.ground
-    compiled, schedule, prepare = _program(ground, settings)
+    compiled, schedule, prepare = program(ground, settings)
     state = compiled.start(inputs.policy)
     plan = Sampling("rebel", settings.prompts_per_step, 2)
     sample = Sampler(inputs, settings.rewards, plan, run.clock)
@@ -102,7 +102,8 @@ def regression_pairs(
 
 
 @cached
-def _program(ground: Ground, settings: config.RebelSection):
+def program(ground: Ground, settings: config.RebelSection):
+    """The compiled step, its learning rate, and what makes its batch of rollouts."""
     updates = settings.steps * settings.epochs
     tx, schedule = make_optimizer(settings.optimizer, updates)
     step = steps.make_preference_step(

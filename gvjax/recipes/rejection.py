@@ -29,7 +29,7 @@ def train(
       select: see `loop.train`.
     """
     ground = inputs.ground
-    compiled, schedule = _program(ground, settings)
+    compiled, schedule = program(ground, settings)
     state = compiled.start(inputs.policy)
     # A function of the seed alone, so that a resumed run learns from the same winners.
     best = winners(
@@ -77,7 +77,8 @@ def train(
 
 
 @cached
-def _program(ground: Ground, settings: config.RejectionSection):
+def program(ground: Ground, settings: config.RejectionSection):
+    """The compiled step and its learning rate."""
     tx, schedule = make_optimizer(settings.optimizer, settings.steps)
     step = steps.make_supervised_step(
         ground.logps_fn, tx, num_microbatches=settings.num_microbatches

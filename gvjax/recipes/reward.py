@@ -31,7 +31,7 @@ def train(
       run: where it is kept.
     """
     ground, pairs = inputs.ground, inputs.required_pairs()
-    compiled, schedule = _program(ground, settings)
+    compiled, schedule = program(ground, settings)
     params = ground.init_reward_model(
         role_key(inputs.seed, "reward head"),
         inputs.policy,
@@ -101,7 +101,8 @@ def reward_margins(
 
 
 @cached
-def _program(ground: Ground, settings: config.RewardSection):
+def program(ground: Ground, settings: config.RewardSection):
+    """The compiled step and its learning rate."""
     tx, schedule = make_optimizer(settings.optimizer, settings.steps)
     step = steps.make_reward_step(
         ground.reward_fn(settings.pooling),

@@ -26,7 +26,7 @@ def train(
       seed: of the initialisation and the demonstrations.
       run: where it is kept.
     """
-    compiled, schedule = _program(ground, settings)
+    compiled, schedule = program(ground, settings)
     state = compiled.start(ground.init_policy(role_key(seed, "init")))
 
     def batch_at(round_: int) -> SequenceBatch:
@@ -51,7 +51,8 @@ def train(
 
 
 @cached
-def _program(ground: Ground, settings: config.SftSection):
+def program(ground: Ground, settings: config.SftSection):
+    """The compiled step and its learning rate."""
     tx, schedule = make_optimizer(settings.optimizer, settings.steps)
     step = steps.make_supervised_step(
         ground.logps_fn, tx, num_microbatches=settings.num_microbatches
