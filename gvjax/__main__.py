@@ -66,7 +66,7 @@ def _done(commands, parsed: argparse.Namespace) -> int:
 
     try:
         return getattr(commands, parsed.verb)(parsed)
-    except (config.ConfigError, checkpoint.ConfigMismatch) as error:
+    except (config.ConfigError, checkpoint.CheckpointMismatch) as error:
         print(f"gvjax {parsed.verb}: {error}", file=sys.stderr)
         return CONFIG_ERROR
     except commands.EXPECTED as error:
@@ -143,6 +143,13 @@ def _parser() -> argparse.ArgumentParser:
         "under SkyPilot, Slurm, MPI, Cloud TPU) several processes train one model.",
     )
     overrides(run, "run")
+    run.add_argument(
+        "--force",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="go on though this field differs from the run's, e.g. settings.optimizer.learning_rate; may be repeated",
+    )
     sample = verb(
         "sample",
         "show completions of a policy that `run` made",

@@ -63,6 +63,7 @@ class Restored:
       step: the step it was saved at.
       versions: of the packages that wrote it.
       mesh: axis sizes of the mesh that wrote it; empty without one.
+      processes: how many wrote it.
     """
 
     state: Tree
@@ -70,6 +71,7 @@ class Restored:
     step: int
     versions: dict[str, str]
     mesh: dict[str, int]
+    processes: int
 
 
 class Checkpoints:
@@ -176,6 +178,15 @@ class Checkpoints:
             return False
         self._pending = step
         return True
+
+    def failed(self, step: int, error: Exception) -> None:
+        """Says that a step cannot be saved for a reason outside, such as a log that the disk does not take.
+
+        Raises:
+          CheckpointError: unless the disk is full and `on_full_disk` is "continue".
+        """
+        self.wait()
+        self._failed(step, error)
 
     def wait(self) -> None:
         """Until nothing is being written. Raises CheckpointError if the write failed."""
@@ -338,6 +349,27 @@ def restore_params(
     return restored
 
 
+def content_hash(
+    directory: str | os.PathLike[str], step: int | None = None
+) -> str | None:
+    """SHA-256, in hex, of what the arrays of a checkpoint are, wherever it lies; None where there is none.
+
+    Read from the header alone: the arrays are held to it when they are restored.
+
+    Args:
+      directory: of a run's `Checkpoints`.
+      step: the newest by default.
+    """
+    root = epath.Path(directory).resolve()
+    steps = _steps(root) if step is None else [step]
+    if not steps:
+        return None
+    try:
+        return json_hash(_read_header(root / str(steps[-1]))["leaves"])
+    except CheckpointError:
+        return None
+
+
 def digests(tree: Tree) -> dict[str, int]:
     """A 32-bit digest of every array, by path: the same on every mesh, another if any one element differs.
 
@@ -346,6 +378,12 @@ def digests(tree: Tree) -> dict[str, int]:
     changes the sum.
     """
     return _digests(_concrete_leaves(tree))
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a checkpoint's bits may depend on."""
+    names = ("gvjax", "jax", "jaxlib", "optax", "orbax-checkpoint")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def json_hash(value: Json) -> str:
@@ -456,7 +494,12 @@ def _load(
         ],
     )
     return Restored(
-        state, header["meta"], int(path.name), header["versions"], header["mesh"]
+        state,
+        header["meta"],
+        int(path.name),
+        header["versions"],
+        header["mesh"],
+        header["processes"],
     )
 
 
@@ -484,10 +527,7 @@ def _make_header(leaves: Mapping[str, jax.Array], meta: Mapping[str, Json]) -> J
             }
             for key, leaf in leaves.items()
         },
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("gvjax", "jax", "orbax-checkpoint")
-        },
+        "versions": versions(),
         "mesh": mesh,
         "processes": jax.process_count(),
     }

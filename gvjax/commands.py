@@ -58,9 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
             f"{arguments.config} describes a study; run it with `gvjax compare`"
         )
     # Only now: a wrong config needs no device, and no other process.
-    distributed.initialize()
+    distributed.initialize(
+        heartbeat_timeout_s=settings.timeouts.heartbeat,
+        initialization_timeout_s=settings.timeouts.arrival,
+    )
     try:
-        distributed.assert_same_on_all_hosts(config.config_hash(settings))
+        distributed.assert_same_on_all_hosts(
+            f"{config.config_hash(settings)} {sorted(arguments.force)}"
+        )
     except ValueError as error:
         raise config.ConfigError(str(error)) from None
     console = Console(quiet=jax.process_index() != 0)
@@ -85,7 +90,12 @@ def run(arguments: argparse.Namespace) -> int:
                 console.print(f"{done}/{total}  {numbers}", highlight=False)
 
         try:
-            result = single.run(settings, progress=progress, show=console.print)
+            result = single.run(
+                settings,
+                progress=progress,
+                show=console.print,
+                force=arguments.force,
+            )
         except PreemptedError as preempted:
             console.print(str(preempted), highlight=False)
             return distributed.ExitCode.PREEMPTED

@@ -235,7 +235,8 @@ class Watchdog:
     """Ends the process with code 71, and every thread's stack on stderr, when steps stop coming.
 
     Heartbeats between processes cannot see this: they come from a thread of their own and go on while Python is stuck
-    in a data loader. Use as a context manager around the loop:
+    in a data loader. Time in which the whole process was stopped (Ctrl-Z and `fg`, a suspended machine) does not count,
+    nor do jumps of the wall clock. Use as a context manager around the loop:
 
         with Watchdog() as watchdog:
             for step in ...:
@@ -311,8 +312,14 @@ class Watchdog:
         )
 
     def _watch(self) -> None:
-        while not self._stop.wait(min(1.0, self.limit_s / 10)):
-            limit, idle = self.limit_s, time.monotonic() - self._last
+        looked = time.monotonic()
+        while not self._stop.wait(nap := min(1.0, self.limit_s / 10)):
+            now = time.monotonic()
+            # Slept through: the whole process was stopped (Ctrl-Z, a suspended machine), and nobody was stuck meanwhile.
+            if (lost := now - looked - nap) > max(nap, 1.0):
+                self._last = min(self._last + lost, now)
+            looked = now
+            limit, idle = self.limit_s, now - self._last
             if self._paused or idle <= limit:
                 continue
             print(

@@ -158,6 +158,17 @@ def test_a_save_does_not_read_donated_arrays(tmp_path, mesh):
             assert np.unique(restored.state["x"]) == value
 
 
+def test_a_save_is_off_the_critical_path(tmp_path):
+    # 32 MB that do not compress: written in the background, after `save` has returned.
+    bits = np.random.default_rng(0).integers(0, 2**32, 2**23, dtype=np.uint32)
+    with Checkpoints(tmp_path, every_steps=1) as checkpoints:
+        assert checkpoints.save(1, {"x": jnp.asarray(bits)}, {})
+        assert not (tmp_path / "1").exists()
+        assert checkpoints.latest_step() is None
+        checkpoints.wait()
+        assert (tmp_path / "1").exists() and checkpoints.latest_step() == 1
+
+
 def test_digests_do_not_depend_on_the_mesh_and_see_every_bit():
     meshes = [mesh_of(1, 1, 1), mesh_of(8, 1, 1), mesh_of(1, 8, 1), mesh_of(2, 2, 2)]
     # Made once and moved: drawn on each mesh, normal numbers may differ in their last bits on newer jax.

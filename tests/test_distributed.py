@@ -331,9 +331,9 @@ def test_the_watchdog_limit_follows_the_median_and_leaves_out_pauses(monkeypatch
         distributed.Watchdog(factor=0)
 
 
-def test_the_watchdog_lets_beats_and_pauses_live_and_ends_silence():
+def test_the_watchdog_lets_beats_pauses_and_stops_live_and_ends_silence():
     script = """
-import sys, time
+import os, signal, subprocess, sys, time
 from gvjax.distributed import Watchdog
 with Watchdog(floor_s=0.8, factor=1, first_s=0.8) as watchdog:
     for number in range(10):
@@ -342,6 +342,11 @@ with Watchdog(floor_s=0.8, factor=1, first_s=0.8) as watchdog:
     with watchdog.paused():
         time.sleep(1.6)
     watchdog.beat(10)
+    # Stopped as a whole, as by Ctrl-Z, it was not stuck.
+    subprocess.Popen(["sh", "-c", f"sleep 2.5; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.4)
+    watchdog.beat(11)
     print("alive", flush=True)
     def stuck():
         while True:
@@ -353,4 +358,4 @@ with Watchdog(floor_s=0.8, factor=1, first_s=0.8) as watchdog:
     )
     assert run.returncode == distributed.ExitCode.HANG
     assert run.stdout == "alive\n"
-    assert "since step 10" in run.stderr and "in stuck" in run.stderr
+    assert "since step 11" in run.stderr and "in stuck" in run.stderr

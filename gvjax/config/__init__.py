@@ -12,7 +12,17 @@ from typing import Any
 
 import yaml
 
-from gvjax.config.base import RESOLVED, ConfigError, Section, known
+from gvjax.config.base import (
+    FILE,
+    IMPORTED,
+    RESOLVED,
+    ConfigError,
+    FileName,
+    Imported,
+    Section,
+    known,
+    marked,
+)
 from gvjax.config.reading import (
     Loader,
     dataclass_from,
@@ -47,6 +57,7 @@ from gvjax.config.sections import (
     OptimizerSection,
     PairsSection,
     TaskSection,
+    TimeoutsSection,
     ValidationSection,
 )
 from gvjax.config.study import (
@@ -61,6 +72,8 @@ from gvjax.config.study import (
 
 __all__ = [
     "BEST_OFFLINE",
+    "FILE",
+    "IMPORTED",
     "RECIPES_OF_ROAD",
     "AnyRecipe",
     "ArmSection",
@@ -71,7 +84,9 @@ __all__ = [
     "ContrastSection",
     "DpoSection",
     "EvaluationSection",
+    "FileName",
     "HypoSection",
+    "Imported",
     "LoggingSection",
     "MeshSection",
     "OnlineDpoSection",
@@ -89,6 +104,7 @@ __all__ = [
     "SftSection",
     "StudyConfig",
     "TaskSection",
+    "TimeoutsSection",
     "Trained",
     "TwinSection",
     "ValidationSection",
@@ -99,6 +115,7 @@ __all__ = [
     "import_object",
     "known",
     "load",
+    "marked",
     "reread",
     "resolved",
 ]

@@ -1,8 +1,9 @@
 """What every section of a config is made of."""
 
 import difflib
+import typing
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
@@ -11,6 +12,12 @@ Scalar = bool | int | float | str | None
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+
+IMPORTED, FILE = "imported", "file"
+Imported = Annotated[str, IMPORTED]
+"""A name that may be an import path, `package.module:name`: the code behind it belongs to what a run computes."""
+FileName = Annotated[str, FILE]
+"""A file or folder that a run reads: its content belongs to what a run computes."""
 
 
 class ConfigError(ValueError):
@@ -21,6 +28,27 @@ class Section(pydantic.BaseModel):
     """A frozen part of a config that knows its own fields and no others."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def marked(section: Section, mark: str, prefix: str = "") -> dict[str, str]:
+    """dotted field -> value, of the fields of a section, and of those inside it, that are of a marked type."""
+    found: dict[str, str] = {}
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            found |= marked(value, mark, f"{prefix}{name}.")
+        elif isinstance(value, str) and _bears(info, mark):
+            found[prefix + name] = value
+    return found
+
+
+def _bears(info: Any, mark: str) -> bool:
+    kinds = [info, *typing.get_args(info.annotation)]
+    return any(
+        mark in getattr(kind, where, ())
+        for kind in kinds
+        for where in ("metadata", "__metadata__")
+    )
 
 
 Unused = list[tuple[str, str]]

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from gvjax.config.base import (
     Count,
+    Imported,
     NonNegative,
     Positive,
     Section,
@@ -126,7 +127,7 @@ class DpoSection(Recipe):
     recipe: Literal["dpo"] = "dpo"
     steps: Count = 400
     batch_size: Count = 64
-    loss: str = "sigmoid"
+    loss: Imported = "sigmoid"
     loss_options: dict[str, float | int] = Field(default_factory=dict)
     beta: Positive | None = None
     nll_weight: NonNegative = 0.0
@@ -184,7 +185,7 @@ class VerifierSection(Section):
       max_error_share: the run stops when more of one batch than this went wrong.
     """
 
-    path: str = "gold"
+    path: Imported = "gold"
     weight: float = 1.0
     time_limit: Positive = 5.0
     error_reward: float = 0.0

@@ -13,6 +13,7 @@ from gvjax.config.sections import (
     MeshSection,
     PairsSection,
     TaskSection,
+    TimeoutsSection,
     ValidationSection,
 )
 
@@ -31,7 +32,7 @@ class RunConfig(Section):
       select: `best` keeps the checkpoint with the best gold reward on validation prompts, `last` the last one.
       pairs: the preference data (reward, dpo, hypo).
       evaluation: see ValidationSection (every recipe but sft and reward).
-      mesh, logging, checkpoints: see their sections.
+      mesh, logging, checkpoints, timeouts: see their sections.
     """
 
     run_dir: str
@@ -47,6 +48,7 @@ class RunConfig(Section):
     mesh: MeshSection = MeshSection()
     logging: LoggingSection = LoggingSection()
     checkpoints: CheckpointSection = CheckpointSection()
+    timeouts: TimeoutsSection = TimeoutsSection()
 
     @pydantic.model_validator(mode="after")
     def _has_what_the_recipe_uses(self, info: pydantic.ValidationInfo) -> Self:
@@ -62,6 +64,8 @@ class RunConfig(Section):
         if recipe == "best_of_n":
             why = "recipe best_of_n trains nothing"
             unused += [(name, why) for name in ("select", "logging", "checkpoints")]
+            steps = [(name, why) for name in ("step", "first_step")]
+            refuse_unused(self.timeouts, steps, info)
         refuse_unused(self, unused, info)
         if recipe == "reward":
             why = "a reward model has no samples to show"

@@ -6,7 +6,15 @@ from typing import Annotated, Literal, Self
 import pydantic
 from pydantic import Field
 
-from gvjax.config.base import RESOLVED, Count, NonNegative, Positive, Scalar, Section
+from gvjax.config.base import (
+    RESOLVED,
+    Count,
+    Imported,
+    NonNegative,
+    Positive,
+    Scalar,
+    Section,
+)
 
 
 class TaskSection(Section):
@@ -17,7 +25,7 @@ class TaskSection(Section):
       options: passed to the task's constructor. A task that takes a `seed` gets the run's unless one is given here.
     """
 
-    name: str
+    name: Imported
     options: dict[str, Scalar] = Field(default_factory=dict)
 
 
@@ -125,3 +133,20 @@ class CheckpointSection(Section):
     every: Count = 200
     keep: Count = 2
     on_full_disk: Literal["stop", "continue"] = "stop"
+
+
+class TimeoutsSection(Section):
+    """Seconds after which a run counts as stuck and ends, so that a supervisor can start it again.
+
+    Attributes:
+      step: without a step (exit code 71); ten times the median step holds where that is more. Evaluations and saves do
+        not count.
+      first_step: the same until the first step is done, which contains the compilation.
+      heartbeat: without a sign of life from another process; a frozen host is noticed by this.
+      arrival: for all processes to arrive at the start.
+    """
+
+    step: Positive = 600.0
+    first_step: Positive = 3600.0
+    heartbeat: Count = 30
+    arrival: Count = 120

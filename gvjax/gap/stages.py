@@ -298,9 +298,18 @@ def _check_alive(running, desks) -> None:
             )
 
 
+def _leave_with_the_leader() -> None:
+    """A leader that was killed cannot end its processes, and the next one would find them at work in its directory."""
+    leader = multiprocessing.parent_process()
+    if leader is not None:
+        leader.join()
+        os._exit(70)
+
+
 def _work(number, core, tasks, news, store, perform) -> None:
     # Ctrl-C reaches the whole process group: the leader answers it, and ends the others. It was blocked until here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_the_leader, daemon=True).start()
     if core is not None:
         # Before jax makes its thread pool: one thread on one core wastes nothing on waiting for the others.
         os.sched_setaffinity(0, {core})

@@ -13,9 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from gvjax import config, distributed, sharding
-from gvjax.checkpoint import Checkpoints, restore_params
+from gvjax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Restored,
+    json_hash,
+    restore_params,
+    versions,
+)
 from gvjax.metrics import MetricsLog
 from gvjax.types import Metrics, Params, TrainState
 
@@ -72,8 +80,10 @@ class Run:
       directory: checkpoints, metrics and results.
       identity: JSON that says what is being computed; a resumed run must match it field by field.
       logging, checkpoints: config sections.
+      timeouts: config section: when the run counts as stuck.
       progress: told after every round.
       show: given the current params every `logging.sample_every` rounds, to show somebody what they do; or None.
+      force: fields of `identity` in which it may differ from the run that it goes on with.
       clock: times the parts of a round.
     """
 
@@ -81,8 +91,10 @@ class Run:
     identity: dict[str, Any]
     logging: config.LoggingSection = config.LoggingSection()
     checkpoints: config.CheckpointSection = config.CheckpointSection()
+    timeouts: config.TimeoutsSection = config.TimeoutsSection()
     progress: Progress = nobody
     show: Callable[[Params], None] | None = None
+    force: tuple[str, ...] = ()
     clock: Clock = dataclasses.field(default_factory=Clock)
 
 
@@ -204,15 +216,20 @@ def train(
             on_full_disk=run.checkpoints.on_full_disk,
         ) as checkpoints,
         _open_log(run) as log,
-        distributed.Watchdog() as watchdog,
+        distributed.Watchdog(
+            floor_s=run.timeouts.step, first_s=run.timeouts.first_step
+        ) as watchdog,
     ):
         if checkpoints.latest_step() is not None:
             restored = checkpoints.restore(
-                jax.tree.map(_abstract, kept), expect={"identity": run.identity}
+                jax.tree.map(_abstract, kept),
+                expect={"identity": run.identity},
+                allow_changes=[f"identity.{field}" for field in run.force],
             )
             kept, first = restored.state, restored.step
             notes.update(restored.meta["notes"])
             logger.info("resuming %s at round %d", run.directory, first)
+            _warn_of_other_machine(restored)
         log.rewind(notes["log"])
         state, best = kept["train"], kept["best"]
 
@@ -258,13 +275,31 @@ def train(
                     notes["skipped"],
                 )
                 if notes["skipped_in_a_row"] >= patience:
-                    log.flush()
                     raise NonFiniteError(
                         f"loss or gradient was not finite for {patience} rounds up to {round_ + 1}; the last good"
                         f" checkpoint is in {run.directory / 'checkpoints'}{keep_batch(round_)}. Lower the learning"
                         " rate or max_grad_norm, or look at the batch"
                     )
             waiting.clear()
+            # What a full disk does not take now is kept, and offered again.
+            with contextlib.suppress(OSError):
+                log.flush()
+
+        def save(done: int, *, force: bool) -> None:
+            write_down()
+            meta = {"identity": run.identity, "hash": json_hash(run.identity)}
+            with watchdog.paused():
+                try:
+                    notes["log"] = log.position()
+                except OSError as error:
+                    checkpoints.failed(done, error)
+                    return
+                checkpoints.save(
+                    done,
+                    {"train": state, "best": best},
+                    {**meta, "notes": notes},
+                    force=force,
+                )
 
         for round_ in range(first, rounds):
             begun, run.clock.waits = time.monotonic(), written(round_)
@@ -307,18 +342,17 @@ def train(
                 done, rounds, {name: latest[name] for name in shown if name in latest}
             )
             if done == rounds:
+                try:
+                    log.flush()
+                except OSError as error:
+                    # A result without its metrics would stand for ever; the same command makes them again.
+                    raise CheckpointError(
+                        f"the last metrics could not be written: {error}"
+                    ) from None
                 break
             stop = distributed.preemption_requested(done)
             if stop or done % run.checkpoints.every == 0:
-                write_down()
-                notes["log"] = log.position()
-                with watchdog.paused():
-                    checkpoints.save(
-                        done,
-                        {"train": state, "best": best},
-                        {"identity": run.identity, "notes": notes},
-                        force=stop,
-                    )
+                save(done, force=stop)
             if stop:
                 preempted = done
                 break
@@ -342,6 +376,34 @@ def save_params(directory: pathlib.Path, params: Params) -> None:
 def load_params(directory: pathlib.Path, shapes: Params) -> Params:
     """Parameters that `save_params` kept, verified."""
     return restore_params(directory / "params", shapes).state
+
+
+def _warn_of_other_machine(restored: Restored) -> None:
+    """What may differ from the unbroken run in its last bits, and why."""
+    mesh = next(
+        (
+            dict(leaf.sharding.mesh.shape)
+            for leaf in jax.tree.leaves(restored.state)
+            if isinstance(leaf.sharding, NamedSharding)
+        ),
+        {},
+    )
+    now = {"mesh": mesh, "processes": jax.process_count(), **versions()}
+    then = {
+        "mesh": restored.mesh,
+        "processes": restored.processes,
+        **restored.versions,
+    }
+    changed = [
+        f"{name} was {then.get(name)} and is {value}"
+        for name, value in now.items()
+        if then.get(name) != value
+    ]
+    if changed:
+        logger.warning(
+            "the checkpoint was made elsewhere, so numbers may differ from an unbroken run's by rounding: %s",
+            "; ".join(changed),
+        )
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from gvjax.recipes import (
     best_of_n,
     dpo,
     hypo,
+    identity,
     loop,
     online_dpo,
     policy_gradient,
@@ -174,6 +175,7 @@ def run(
     *,
     progress: loop.Progress = loop.nobody,
     show: Callable[[str], None] | None = None,
+    force: Collection[str] = (),
 ) -> dict[str, Any]:
     """Runs one recipe to its end, or goes on with it.
 
@@ -181,6 +183,7 @@ def run(
       settings: the run.
       progress: told after every round.
       show: given a few decoded completions now and then.
+      force: fields in which it may differ from the run that stands in run_dir, see `identity.compare`.
 
     Returns:
       What was written to `result.json`: the round of the kept checkpoint, the curve and the last evaluation.
@@ -190,7 +193,8 @@ def run(
     """
     directory = pathlib.Path(settings.run_dir)
     done = directory / "result.json"
-    _compare_config(settings, directory)
+    what = identity.identity_of(settings)
+    identity.compare(settings, what, force)
     if done.exists():
         return json.loads(done.read_text(encoding="utf-8"))
     section = settings.settings
@@ -199,13 +203,16 @@ def run(
     check(section, ground)
     policy, reward_model = _starts(settings, ground)
     # Kept only now: a config that was refused must not stand in the way of the corrected one.
-    _keep_config(settings, directory)
+    if jax.process_index() == 0:
+        identity.keep(settings, what)
     one = loop.Run(
         directory,
-        _identity(settings),
+        what,
         settings.logging,
         settings.checkpoints,
+        settings.timeouts,
         progress,
+        force=tuple(force),
     )
     rng = role_rng(settings.seed, "prompts")
     count = settings.pairs.count if settings.pairs else 1000
@@ -323,53 +330,6 @@ def _pairs(
         )
         for name, rows in (("pairs", prompts), ("heldout", heldout))
     }
-
-
-def _identity(settings: config.RunConfig) -> dict[str, Any]:
-    """What a resumed run must agree on: everything but where it is kept and how it is shown."""
-    fields = config.resolved(settings)
-    for name in ("run_dir", "logging", "checkpoints"):
-        del fields[name]
-    return fields
-
-
-def _compare_config(settings: config.RunConfig, directory: pathlib.Path) -> None:
-    """Refuses to go on with a run that another config began."""
-    path = directory / "config.json"
-    if path.exists():
-        old = config.reread(path.read_text(encoding="utf-8"))
-        changed = _changed(_identity(old), _identity(settings))
-        if changed:
-            raise config.ConfigError(
-                f"{directory} holds a run with another config: {'; '.join(changed)}. Choose another run_dir, or the"
-                " old values"
-            )
-
-
-def _keep_config(settings: config.RunConfig, directory: pathlib.Path) -> None:
-    if jax.process_index() != 0:
-        return
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "config.json"
-        partial = path.with_name("config.json.partial")
-        partial.write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise config.ConfigError(
-            f"run_dir {directory} cannot be written to ({error.strerror}); choose another, or change its permissions"
-        ) from None
-
-
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any], prefix="") -> list[str]:
-    lines = []
-    for name in sorted({*old, *new}):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            lines += _changed(before, after, f"{prefix}{name}.")
-        elif before != after:
-            lines.append(f"{prefix}{name} was {before!r} and is {after!r}")
-    return lines
 
 
 def _finish(path: pathlib.Path, result: dict[str, Any]) -> dict[str, Any]:

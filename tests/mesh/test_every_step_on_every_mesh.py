@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +191,20 @@ def test_the_sampler_draws_the_same(mesh):
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_array_equal(found.completion_mask, expected.completion_mask)
     np.testing.assert_allclose(found.logps, expected.logps, rtol=1e-6, atol=1e-6)
+
+
+def test_activations_are_constrained_and_logits_stay_split():
+    ground = ground_on((2, 2, 2))
+    policy, batch = placed(ground)[0], ground.put(sequences(0))
+    lowered = jax.jit(ground.logps_fn).lower(policy, batch.tokens)
+    assert lowered.as_text().count("sharding_constraint") >= 2
+    program = lowered.compile().as_text()
+    # What a device holds of the logits [rows, time, vocabulary]: its rows, and half the vocabulary.
+    rows, half = ROWS // 4, MODEL.vocab_size // 2
+    assert re.search(rf"f32\[({rows},)?\d+,{half}\]", program)
+    gathered = re.findall(r"= \S*?\[([\d,]*)\]\S* all-gather", program)
+    assert gathered, program
+    assert not any(shape.endswith(f",{MODEL.vocab_size}") for shape in gathered)
 
 
 def test_a_vocabulary_that_does_not_divide_stays_whole_and_changes_nothing():

@@ -1,0 +1,130 @@
+"""Killed anywhere, started again with the same command, every recipe ends in the bits and lines of an unbroken run."""
+
+import json
+import pathlib
+import random
+import time
+
+import pytest
+import yaml
+from toy_runs import RECIPES, ROUNDS, STUDY, assert_same
+
+
+def faults(recipe: str, rng: random.Random) -> list:
+    """One way to be killed, drawn by chance."""
+    samples = "batch_size" not in RECIPES[recipe]["settings"] or recipe == "hypo"
+    kinds = {
+        "kill_at_round": lambda: rng.randint(1, 4),
+        "kill_in_save": lambda: [rng.randint(1, 2), rng.uniform(0, 0.03)],
+        "kill_at_time": lambda: rng.uniform(0, 0.2),
+        "kill_at_end": lambda: rng.choice(["params", "result"]),
+    }
+    if samples:
+        kinds["kill_in_rollout"] = lambda: rng.randint(1, 4)
+    name = rng.choice(list(kinds))
+    return [(name, kinds[name]())]
+
+
+def kill_and_resume(preloaded, whole, recipe: str, kills: int, seed: int) -> None:
+    expected = whole(recipe)
+    assert len((expected / "metrics.jsonl").read_text().splitlines()) >= ROUNDS
+    rng = random.Random(f"{recipe} {seed}")
+    killed = attempt = 0
+    while True:
+        name = f"{recipe}-{seed}-{attempt}"
+        again = ["run", f"{recipe}.yaml", f"run_dir={name}"]
+        while killed < kills:
+            fault = faults(recipe, rng)
+            process = preloaded.start(*again, act=fault)
+            code = process.wait()
+            assert code in (0, -9), (fault, process.said())
+            killed += code == -9
+            if code == 0:
+                break
+        else:
+            process = preloaded.start(*again)
+            assert process.wait() == 0, process.said()
+        assert_same(preloaded.directory / name, expected)
+        if killed == kills:
+            return
+        attempt += 1
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "policy_gradient"])
+def test_killed_a_few_times_it_ends_in_the_same_bits(preloaded, whole, recipe):
+    kill_and_resume(preloaded, whole, recipe, kills=2, seed=1)
+
+
+def numbers_of(study: pathlib.Path) -> tuple:
+    """Results and metrics of all stages, but for clock times."""
+
+    def timeless(value):
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items() if k != "seconds"}
+        return [timeless(v) for v in value] if isinstance(value, list) else value
+
+    results = json.loads((study / "results.json").read_text())
+    for name in ("config", "config_hash", "started"):
+        del results[name]
+    metrics = {
+        path.parent.name: path.read_bytes()
+        for path in study.glob("stages/*/metrics.jsonl")
+    }
+    return timeless(results), metrics
+
+
+def children_of(pid: int) -> list[int]:
+    listed = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in listed.read_text().split()]
+
+
+def is_there(pid: int) -> bool:
+    state = pathlib.Path(f"/proc/{pid}/stat")
+    try:
+        return state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_study_killed_within_and_between_stages_has_the_same_numbers(preloaded):
+    (preloaded.directory / "study.yaml").write_text(yaml.safe_dump(STUDY))
+
+    def compare(name, workers, act=None):
+        command = ("compare", "study.yaml", f"run_dir={name}", f"workers={workers}")
+        return preloaded.start(*command, act=act)
+
+    process = compare("study", 1)
+    assert process.wait() == 0, process.said()
+    for fault in (
+        ("kill_after_stage", 1),
+        ("kill_at_round", 3),
+        ("kill_after_stage", 2),
+        ("kill_in_rollout", 2),
+    ):
+        process = compare("killed", 1, [fault])
+        assert process.wait() == -9, (fault, process.said())
+    # The leader of two workers, which must not go on without it beside the next leader's.
+    process = compare("killed", 2)
+    while "%" not in process.said():
+        time.sleep(0.01)
+    workers = children_of(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    deadline = time.monotonic() + 5
+    while any(map(is_there, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process = compare("killed", 1)
+    assert process.wait() == 0, process.said()
+    assert "stages were done before and were kept" in process.said()
+    assert numbers_of(preloaded.directory / "killed") == numbers_of(
+        preloaded.directory / "study"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_killed_six_times_every_recipe_ends_in_the_same_bits(preloaded, whole, recipe):
+    kill_and_resume(preloaded, whole, recipe, kills=6, seed=0)

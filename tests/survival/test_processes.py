@@ -1,0 +1,182 @@
+"""`gvjax run` as several processes: one process' numbers on both roads, and an end for all when one of them ends."""
+
+import json
+import pathlib
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from gvjax import distributed
+
+TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+FOUR_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+ROADS = ("sft", "reward", "dpo", "online_dpo", "policy_gradient")
+
+
+def both_roads(where: str, *overrides: str) -> list[str]:
+    """All recipes of both roads, one after the other, kept in a directory."""
+    command: list[str] = []
+    for recipe in ROADS:
+        earlier = [] if recipe == "sft" else [f"start={where}/sft"]
+        if recipe in ("online_dpo", "policy_gradient"):
+            earlier.append(f"reward_model={where}/reward")
+        command += ["+"] if command else []
+        command += ["run", f"{recipe}.yaml", f"run_dir={where}/{recipe}"]
+        command += [*earlier, *overrides]
+    return command
+
+
+def codes(group, timeout: float = 240) -> list[int]:
+    deadline = time.monotonic() + timeout
+    return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in group]
+
+
+def said(group) -> str:
+    return "\n".join(f"{n}: {process.said()}" for n, process in enumerate(group))
+
+
+def losses_of(directory: pathlib.Path) -> list[float]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def alone(preloaded):
+    """Both roads by one process with one device."""
+    process = preloaded.start(*both_roads("alone"))
+    assert process.wait(240) == 0, process.said()
+    return preloaded.directory / "alone"
+
+
+@pytest.fixture(scope="module")
+def pair(preloaded):
+    """Both roads by two processes with two devices each."""
+    group = preloaded.group(2, *both_roads("pair", "mesh.fsdp=2"), env=TWO_DEVICES)
+    assert codes(group) == [0, 0], said(group)
+    return preloaded.directory / "pair"
+
+
+def assert_same_losses(found: pathlib.Path, expected: pathlib.Path) -> None:
+    for recipe in ROADS:
+        losses = losses_of(expected / recipe)
+        assert len(losses) == 8
+        np.testing.assert_allclose(
+            losses_of(found / recipe), losses, rtol=1e-6, atol=1e-6, err_msg=recipe
+        )
+
+
+@pytest.mark.slow
+def test_both_roads_of_two_processes_have_the_losses_of_one(pair, alone):
+    assert_same_losses(pair, alone)
+
+
+@pytest.mark.slow
+def test_both_roads_of_four_processes_have_the_losses_of_one(preloaded, alone):
+    # Heads and vocabulary are split between processes, two of which hold the same rows.
+    command = both_roads("four", "mesh.fsdp=1", "mesh.tensor=2")
+    group = preloaded.group(4, *command)
+    assert codes(group) == [0] * 4, said(group)
+    assert_same_losses(preloaded.directory / "four", alone)
+
+
+def run_again(name: str, *more: str) -> list[str]:
+    """The policy gradient run of `pair`, in a directory of its own."""
+    return [
+        "run",
+        "policy_gradient.yaml",
+        f"run_dir={name}",
+        "start=pair/sft",
+        "reward_model=pair/reward",
+        "mesh.fsdp=2",
+        *more,
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_killed_all_are_gone_in_two_seconds_and_a_new_group_ends_in_the_same_bits(
+    preloaded, pair, victim
+):
+    command = run_again(f"killed-{victim}")
+    act = [("slow_rounds", 0.1)]
+    group = preloaded.group(2, *command, act=act, env=TWO_DEVICES)
+    group[victim].reached(4)
+    group[victim].send(signal.SIGKILL)
+    ended = codes(group, 2)
+    assert ended[victim] == -signal.SIGKILL
+    assert ended[1 - victim] not in (0, 64, 85), said(group)
+    group = preloaded.group(2, *command, env=TWO_DEVICES)
+    assert codes(group) == [0, 0], said(group)
+    # It went on from a checkpoint, and on the same mesh to the same bits.
+    assert pathlib.Path(f"{group[0].place}.beats").stat().st_size < 8
+    found = preloaded.directory / f"killed-{victim}" / "metrics.jsonl"
+    expected = pair / "policy_gradient" / "metrics.jsonl"
+    assert found.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_stops_all_at_one_step_and_one_process_goes_on(preloaded, pair):
+    command = run_again("stopped")
+    act = [("slow_rounds", 0.1)]
+    group = preloaded.group(2, *command, act=act, env=TWO_DEVICES)
+    group[1].reached(3)
+    group[1].send(signal.SIGTERM)
+    assert codes(group) == [85, 85], said(group)
+    beats = [pathlib.Path(f"{each.place}.beats").stat().st_size for each in group]
+    assert beats[0] == beats[1] < 8
+    assert f"stopped after round {beats[0]} of 8, checkpointed" in group[0].said()
+    process = preloaded.start(*command, env=FOUR_DEVICES)
+    assert process.wait() == 0, process.said()
+    assert "processes was 2 and is 1" in process.said()
+    np.testing.assert_allclose(
+        losses_of(preloaded.directory / "stopped"),
+        losses_of(pair / "policy_gradient"),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.slow
+def test_a_stuck_loader_ends_all_within_the_configured_time(preloaded, pair):
+    command = ["run", "sft.yaml", "run_dir=stuck", "timeouts.step=2"]
+    act = [("stuck_data", 4)]
+    group = preloaded.group(2, *command, act=act, on=1, env=TWO_DEVICES)
+    group[1].reached(2)
+    ended = codes(group, 8)
+    assert distributed.ExitCode.HANG in ended and 0 not in ended, said(group)
+    assert "watchdog: no step for" in said(group)
+    assert "in demonstrations" in said(group) or "stuck_data" in said(group)
+
+
+@pytest.mark.slow
+def test_a_frozen_process_ends_all_within_the_configured_time(preloaded, pair):
+    command = ["run", "sft.yaml", "run_dir=frozen", "timeouts.heartbeat=4"]
+    act = [("slow_rounds", 0.2)]
+    group = preloaded.group(2, *command, act=act, env=TWO_DEVICES)
+    group[1].reached(2)
+    group[1].send(signal.SIGSTOP)
+    try:
+        # Noticed between one and two heartbeats' limits later.
+        assert group[0].wait(10) not in (0, 64, 85), said(group)
+    finally:
+        group[1].kill()
+
+
+@pytest.mark.slow
+def test_processes_with_different_configs_or_without_all_peers_do_not_start(preloaded):
+    group = preloaded.group(
+        2,
+        ["run", "sft.yaml", "run_dir=differ", "seed=1"],
+        ["run", "sft.yaml", "run_dir=differ", "seed=2"],
+    )
+    ended = codes(group)
+    assert set(ended) <= {64, 70} and 64 in ended, said(group)
+    assert "the config differs between processes: [1] have another" in said(group)
+    assert not (preloaded.directory / "differ").exists()
+
+    command = ["run", "sft.yaml", "run_dir=missing", "timeouts.arrival=3"]
+    process = preloaded.group(2, *command, started=1)[0]
+    assert process.wait(30) not in (0, 85)
+    assert not (preloaded.directory / "missing").exists()
