@@ -40,14 +40,19 @@ from gvjax.config.recipes import (
 )
 from gvjax.config.run import RunConfig
 from gvjax.config.sections import (
+    AnyTask,
     CheckpointSection,
+    DatasetSection,
     EvaluationSection,
     LoggingSection,
+    LoraSection,
     MeshSection,
     OptimizerSection,
     PairsSection,
+    RowsSection,
     TaskSection,
     ValidationSection,
+    with_tokenizer,
 )
 from gvjax.config.study import (
     BEST_OFFLINE,
@@ -63,16 +68,19 @@ __all__ = [
     "BEST_OFFLINE",
     "RECIPES_OF_ROAD",
     "AnyRecipe",
+    "AnyTask",
     "ArmSection",
     "AugmentationSection",
     "BestOfNSection",
     "CheckpointSection",
     "ConfigError",
     "ContrastSection",
+    "DatasetSection",
     "DpoSection",
     "EvaluationSection",
     "HypoSection",
     "LoggingSection",
+    "LoraSection",
     "MeshSection",
     "OnlineDpoSection",
     "OptimizerSection",
@@ -84,6 +92,7 @@ __all__ = [
     "RejectionSection",
     "RewardSection",
     "RewardSources",
+    "RowsSection",
     "RunConfig",
     "Section",
     "SftSection",
@@ -127,6 +136,7 @@ def load(
         raise ConfigError(f"{path} holds no mapping; a config is `key: value` lines")
     for each in overrides:
         override(data, each)
+    data = with_tokenizer(data)
     kind: type[Section] = StudyConfig if "study" in data else RunConfig
     try:
         return validate(kind, data, str(path))  # type: ignore[return-value]
