@@ -1,10 +1,13 @@
-"""The command line: `gvjax compare`, `run`, `sample`, `eval`, `verify`."""
+"""The command line: `gvjax compare`, `run`, `sample`, `eval`, `export`, `import`, `data`, `verify`."""
 
 import argparse
 import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+
+_FUNCTIONS = {"import": "import_model"}
+"""Functions of `commands` that cannot be called as their verb."""
 
 OK, FAILED, CONFIG_ERROR, CRASHED, PREEMPTED = 0, 1, 64, 70, 85
 
@@ -32,6 +35,23 @@ _SAMPLE_EXAMPLE = """\
 _EVAL_EXAMPLE = """\
   gvjax eval runs/tour/rloo --prompts 2000   narrower intervals
   gvjax eval runs/tour/reward                how well it predicts labels
+"""
+
+
+_EXPORT_EXAMPLE = """\
+  gvjax export runs/smollm2/dpo exported/dpo                  AutoModelForCausalLM.from_pretrained loads it
+  gvjax export runs/smollm2/reward exported/reward            AutoModelForSequenceClassification loads it
+"""
+
+_IMPORT_EXAMPLE = """\
+  gvjax import SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2     needs the gguf extra
+  gvjax import HuggingFaceTB/SmolLM2-135M models/smollm2-base     needs a network
+"""
+
+_DATA_EXAMPLE = """\
+  gvjax data show configs/smollm2/dpo.yaml        what a step would see: prompt, completion, EOS in colours
+  gvjax data stats configs/smollm2/dpo.yaml       lengths, truncation, duplicates, ties, leaked prompts
+  gvjax data stats CONFIG task.max_prompt=512     with another length
 """
 
 
@@ -65,7 +85,7 @@ def _done(commands, parsed: argparse.Namespace) -> int:
     from gvjax import checkpoint, config
 
     try:
-        return getattr(commands, parsed.verb)(parsed)
+        return getattr(commands, _FUNCTIONS.get(parsed.verb, parsed.verb))(parsed)
     except (config.ConfigError, checkpoint.CheckpointMismatch) as error:
         print(f"gvjax {parsed.verb}: {error}", file=sys.stderr)
         return CONFIG_ERROR
@@ -183,6 +203,52 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts", type=_prompts, default=600, help="how many prompts"
     )
     evaluate.add_argument("--seed", type=_seed, default=0, help="of the draws")
+    export = verb(
+        "export",
+        "write what `run` made as a directory of transformers",
+        "A policy becomes a CausalLM, adapters merged; a reward model (pooling: last) a ForSequenceClassification of one\n"
+        "label. The tokenizer comes along. vLLM loads it too.",
+        _EXPORT_EXAMPLE,
+    )
+    export.add_argument("run_dir", metavar="RUN_DIR", help="of a finished run")
+    export.add_argument("directory", metavar="OUT", help="must hold no weights")
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the tensors",
+    )
+    export.add_argument("--pad-token", help="of a reward model; never an EOS")
+    imported = verb(
+        "import",
+        "write a .gguf file or a model of the hub as a directory of transformers",
+        "The directory serves as model.checkpoint in configs; a .gguf file or an id does too, at the cost of reading it\n"
+        "anew in every run.",
+        _IMPORT_EXAMPLE,
+    )
+    imported.add_argument("source", metavar="SOURCE", help="a .gguf file or owner/name")
+    imported.add_argument("directory", metavar="OUT", help="must hold no weights")
+    data = verb(
+        "data",
+        "show the rows of a config's dataset, or count what is odd about them",
+        "Reads the dataset as a run would: same tokenizer, template, lengths and dropped rows.",
+        _DATA_EXAMPLE,
+    )
+    data.add_argument("what", choices=("show", "stats"))
+    data.add_argument("config", metavar="CONFIG", help="a YAML file")
+    data.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    data.add_argument(
+        "--split", choices=("train", "validation", "test"), default="train"
+    )
+    data.add_argument(
+        "--demonstrations",
+        action="store_true",
+        help="of task.demonstrations instead of task.rows",
+    )
+    data.add_argument(
+        "-n", "--rows", type=_count, default=4, help="how many rows to show"
+    )
+    data.add_argument("--seed", type=_seed, default=0, help="of the rows shown")
     verbs.add_parser(
         "verify",
         help="prove the losses and the theory on this machine",

@@ -120,7 +120,7 @@ def sample(arguments: argparse.Namespace) -> int:
         num_samples=arguments.samples,
         temperature=arguments.temperature,
     ):
-        table.add_row(prompt, completion, f"{gold:.2f}")
+        table.add_row(prompt, completion, "" if gold is None else f"{gold:.2f}")
     Console().print(table)
     return 0
 
@@ -139,7 +139,8 @@ def eval(arguments: argparse.Namespace) -> int:
         log_likelihoods = statistics.pair_log_likelihoods(margins)
         _add_mean(table, "log-likelihood of labels, nats", log_likelihoods)
         _add_mean(table, "accuracy on labels", right)
-        table.add_row("accuracy on gold order", f"{found.gold_accuracy:.3f}", "")
+        if found.gold_accuracy is not None:
+            table.add_row("accuracy on gold order", f"{found.gold_accuracy:.3f}", "")
         # Each pair in both orders: with labels that are all 1, only one side of ½ would be tested.
         error = statistics.expected_calibration_error(
             special.expit(np.concatenate([margins, -margins])),
@@ -148,10 +149,66 @@ def eval(arguments: argparse.Namespace) -> int:
         table.add_row("expected calibration error", f"{error:.3f}", "")
     else:
         judged, _ = single.judge(done, prompts=arguments.prompts, seed=arguments.seed)
-        _add_mean(table, "gold reward", judged.gold)
+        if judged.gold is not None:
+            _add_mean(table, "gold reward", judged.gold)
         _add_mean(table, "KL to the starting policy, nats", judged.kl)
         _add_mean(table, "length, tokens", judged.completions.lengths)
     Console().print(table)
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Writes a run's policy or reward model as a directory of transformers."""
+    from gvjax.recipes import export as exporting
+
+    said = exporting.export(
+        arguments.run_dir,
+        arguments.directory,
+        dtype=arguments.dtype,
+        pad_token=arguments.pad_token,
+    )
+    Console().print(said, highlight=False)
+    return 0
+
+
+def import_model(arguments: argparse.Namespace) -> int:
+    """Writes weights from elsewhere as a directory of transformers."""
+    from gvjax.recipes import export as exporting
+
+    Console().print(exporting.convert(arguments.source, arguments.directory))
+    return 0
+
+
+def data(arguments: argparse.Namespace) -> int:
+    """Shows a config's rows, or counts what is odd about them."""
+    from gvjax.data import batches, inspect
+    from gvjax.recipes import reading
+
+    settings = config.load(arguments.config, arguments.overrides)
+    section = settings.task
+    if not isinstance(section, config.DatasetSection):
+        raise config.ConfigError(
+            f"task {section.name} makes its prompts itself; `gvjax data` looks at datasets"
+        )
+    part = section.demonstrations if arguments.demonstrations else section.rows
+    if part is None:
+        raise config.ConfigError(
+            "--demonstrations is given, but the config names no task.demonstrations; leave it out"
+        )
+    try:
+        encoding = reading.encoding_of(section)
+        rows = reading.rows_of(section, part, arguments.split)
+        examples = reading.examples_of(rows, part, encoding)
+        if arguments.what == "show":
+            count = min(arguments.rows, len(examples))
+            made = batches.Batches(examples, batch_size=count, seed=arguments.seed)
+            inspect.show(made, encoding.tokenizer, rows=rows, count=count)
+        else:
+            held_out = "test" if arguments.split == "train" else "train"
+            other = reading.rows_of(section, section.rows, held_out)
+            inspect.stats(rows, examples, other=other)
+    except ValueError as error:
+        raise config.ConfigError(f"task: {error}") from None
     return 0
 
 

@@ -278,7 +278,7 @@ def fetch(tree: Tree) -> Tree:
 
 
 class ShardedStep:
-    """A step compiled for one mesh: `(state, batch) -> (state, metrics)`. Made by `jit_step`.
+    """A step compiled for one mesh: `(state, batch, *frozen) -> (state, metrics)`. Made by `jit_step`.
 
     Attributes:
       compilations: how many programs have been compiled so far; 1 in a healthy run with one batch shape.
@@ -303,7 +303,7 @@ class ShardedStep:
     def compilations(self) -> int:
         return len(self._programs)
 
-    def lower(self, state: Any, batch: Any) -> jax.stages.Lowered:
+    def lower(self, state: Any, batch: Any, *frozen: Any) -> jax.stages.Lowered:
         """The step lowered for these shapes (arrays or jax.ShapeDtypeStructs), not yet compiled."""
         split, replicated = (
             batch_sharding(self._mesh),
@@ -321,27 +321,34 @@ class ShardedStep:
         batch_shardings = jax.tree_util.tree_map_with_path(of_batch, batch)
         jitted = jax.jit(
             self._step,
-            in_shardings=(self._state_shardings, batch_shardings),
+            # What is frozen stays where it lies.
+            in_shardings=(
+                self._state_shardings,
+                batch_shardings,
+                *(None for _ in frozen),
+            ),
             out_shardings=(self._state_shardings, replicated),
             donate_argnums=(0,) if self._donate else (),
         )
         # Under the mesh, so that a model may constrain activations with bare PartitionSpecs.
         with jax.set_mesh(self._mesh):
-            return jitted.lower(state, batch)
+            return jitted.lower(state, batch, *frozen)
 
-    def __call__(self, state: Any, batch: Any) -> tuple[Any, Mapping[str, jax.Array]]:
-        leaves, treedef = jax.tree.flatten((state, batch))
+    def __call__(
+        self, state: Any, batch: Any, *frozen: Any
+    ) -> tuple[Any, Mapping[str, jax.Array]]:
+        leaves, treedef = jax.tree.flatten((state, batch, *frozen))
         shapes = tuple(np.shape(leaf) for leaf in leaves)
         signature = (treedef, shapes, tuple(_dtype(leaf) for leaf in leaves))
         program = self._programs.get(signature)
         if program is None:
-            program = self._compile(state, batch, signature, shapes)
-        return program(state, batch)
+            program = self._compile((state, batch, *frozen), signature, shapes)
+        return program(state, batch, *frozen)
 
-    def _compile(self, state, batch, signature, shapes):
+    def _compile(self, arguments, signature, shapes):
         leaves = [
             (path_str(path), str(_dtype(leaf)))
-            for path, leaf in jax.tree_util.tree_flatten_with_path((state, batch))[0]
+            for path, leaf in jax.tree_util.tree_flatten_with_path(arguments)[0]
         ]
         before = self._leaves_by_shapes.get(shapes)
         if before is not None:
@@ -354,7 +361,7 @@ class ShardedStep:
                 "; ".join(changed) or "the tree's structure changed",
             )
         start = time.monotonic()
-        program = self.lower(state, batch).compile()
+        program = self.lower(*arguments).compile()
         self._programs[signature] = program
         self._leaves_by_shapes[shapes] = leaves
         logger.info(
@@ -376,7 +383,8 @@ def jit_step(
     """A plain step, compiled for a mesh: state split as told, batch over data and fsdp, metrics replicated.
 
     Args:
-      step: pure `(state, batch) -> (state, metrics)`; every batch array has the rows on axis 0.
+      step: pure `(state, batch, *frozen) -> (state, metrics)`; every batch array has the rows on axis 0. What is frozen
+        is read only, and never donated.
       mesh: the mesh.
       state_shardings: a NamedSharding per state leaf, as from `shardings`.
       donate: the new state reuses the old one's memory; the old one cannot be read afterwards.

@@ -50,15 +50,20 @@ from gvjax.config.recipes import (
 )
 from gvjax.config.run import RunConfig
 from gvjax.config.sections import (
+    AnyTask,
     CheckpointSection,
+    DatasetSection,
     EvaluationSection,
     LoggingSection,
+    LoraSection,
     MeshSection,
     OptimizerSection,
     PairsSection,
+    RowsSection,
     TaskSection,
     TimeoutsSection,
     ValidationSection,
+    with_tokenizer,
 )
 from gvjax.config.study import (
     BEST_OFFLINE,
@@ -76,18 +81,21 @@ __all__ = [
     "IMPORTED",
     "RECIPES_OF_ROAD",
     "AnyRecipe",
+    "AnyTask",
     "ArmSection",
     "AugmentationSection",
     "BestOfNSection",
     "CheckpointSection",
     "ConfigError",
     "ContrastSection",
+    "DatasetSection",
     "DpoSection",
     "EvaluationSection",
     "FileName",
     "HypoSection",
     "Imported",
     "LoggingSection",
+    "LoraSection",
     "MeshSection",
     "OnlineDpoSection",
     "OptimizerSection",
@@ -99,6 +107,7 @@ __all__ = [
     "RejectionSection",
     "RewardSection",
     "RewardSources",
+    "RowsSection",
     "RunConfig",
     "Section",
     "SftSection",
@@ -144,6 +153,7 @@ def load(
         raise ConfigError(f"{path} holds no mapping; a config is `key: value` lines")
     for each in overrides:
         override(data, each)
+    data = with_tokenizer(data)
     kind: type[Section] = StudyConfig if "study" in data else RunConfig
     try:
         return validate(kind, data, str(path))  # type: ignore[return-value]

@@ -14,6 +14,7 @@ import yaml
 
 from gvjax.config.base import ConfigError, Section
 from gvjax.config.recipes import RECIPES_OF_ROAD
+from gvjax.config.sections import KINDS_OF_TASK
 
 S = TypeVar("S", bound=Section)
 D = TypeVar("D")
@@ -34,6 +35,8 @@ class Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -122,6 +125,7 @@ def _explain(kind: type[Section], problem: Any) -> str:
         part
         for before, part in zip((None, *problem["loc"]), problem["loc"])
         if not (before == "settings" and part in _TAGS)
+        and not (before == "task" and part in KINDS_OF_TASK)
     ]
     place = ".".join(str(part) for part in parts)
     if problem["type"] == "extra_forbidden":
@@ -150,7 +154,7 @@ def _fields_at(kind: type[Section], loc: Sequence[Any]) -> list[str]:
                 elif (
                     section.model_fields.get("recipe")
                     and part == section.model_fields["recipe"].default
-                ):
+                ) or KINDS_OF_TASK.get(str(part)) is section:
                     following.append(section)
         # A dictionary key or a list index leads to no new field: stay with the value's type.
         kinds = following or kinds

@@ -8,11 +8,13 @@ from pydantic import Field
 from gvjax.config.base import Scalar, Section, Unused, refuse_unused
 from gvjax.config.recipes import AnyRecipe
 from gvjax.config.sections import (
+    AnyTask,
     CheckpointSection,
+    DatasetSection,
     LoggingSection,
+    LoraSection,
     MeshSection,
     PairsSection,
-    TaskSection,
     TimeoutsSection,
     ValidationSection,
 )
@@ -24,10 +26,12 @@ class RunConfig(Section):
     Attributes:
       run_dir: where checkpoints, metrics and results go; the same command resumes an interrupted run.
       seed: of initialisation, data order and sampling.
-      task: see TaskSection.
-      model: fields of `gvjax.models.transformer.ModelConfig`, without vocab_size, which the task gives.
+      task: see TaskSection, or DatasetSection for rows from files.
+      model: fields of `gvjax.models.transformer.ModelConfig`, without vocab_size, which the task gives; or `checkpoint`
+        (a directory of transformers, a .gguf file, an id on the hub) with dtype, remat and scan_layers.
+      lora: train adapters instead of the whole policy; see LoraSection.
       settings: the recipe and its fields.
-      start: run directory of the policy to start from (every recipe but sft).
+      start: run directory of the policy to start from (every recipe but sft; null starts from the checkpoint).
       reward_model: run directory of a reward model (recipes whose rewards use one).
       select: `best` keeps the checkpoint with the best gold reward on validation prompts, `last` the last one.
       pairs: the preference data (reward, dpo, hypo).
@@ -37,8 +41,9 @@ class RunConfig(Section):
 
     run_dir: str
     seed: Annotated[int, Field(ge=0)] = 0
-    task: TaskSection
+    task: AnyTask
     model: dict[str, Scalar]
+    lora: LoraSection | None = None
     settings: AnyRecipe
     start: str | None = None
     reward_model: str | None = None
@@ -54,6 +59,8 @@ class RunConfig(Section):
     def _has_what_the_recipe_uses(self, info: pydantic.ValidationInfo) -> Self:
         recipe = self.settings.recipe
         unused: Unused = []
+        if recipe in ("reward", "best_of_n"):
+            unused.append(("lora", f"recipe {recipe} trains no policy"))
         if recipe in ("sft", "reward"):
             why = f"recipe {recipe} is not judged on prompts"
             unused += [("evaluation", why)]
@@ -70,7 +77,9 @@ class RunConfig(Section):
         if recipe == "reward":
             why = "a reward model has no samples to show"
             refuse_unused(self.logging, [("sample_every", why)], info)
-        needs_start = recipe != "sft"
+        if isinstance(self.task, DatasetSection) and self.task.gold is None:
+            self._needs_no_gold()
+        needs_start = recipe != "sft" and "checkpoint" not in self.model
         needs_pairs = recipe in ("reward", "dpo", "hypo")
         rewards = getattr(self.settings, "rewards", None)
         needs_reward_model = rewards is not None and rewards.reward_model > 0
@@ -82,8 +91,23 @@ class RunConfig(Section):
             given = getattr(self, field) is not None
             if needed and not given:
                 raise ValueError(f"recipe {recipe} needs {field}; add it to the config")
-            if given and not needed:
+            if given and not needed and not (field == "start" and recipe != "sft"):
                 raise ValueError(
                     f"recipe {recipe} does not use {field}; take it out of the config"
                 )
         return self
+
+    def _needs_no_gold(self) -> None:
+        ways_out = "give task.gold (`number`, or the directory of a reward model)"
+        if self.select == "best":
+            raise ValueError(
+                f"select is best, but the dataset {self.task.name} has no gold reward to choose by; {ways_out}, or select"
+                " last"
+            )
+        rewards = getattr(self.settings, "rewards", None)
+        verifier = rewards.verifier if rewards is not None else None
+        if verifier is not None and verifier.path == "gold":
+            raise ValueError(
+                f"rewards.verifier.path is gold, but the dataset {self.task.name} has no gold reward; {ways_out}, or"
+                " name a function package.module:function"
+            )

@@ -1,13 +1,14 @@
 """Sections that many kinds of run share: task, optimizer, pairs, evaluation, mesh, logging, checkpoints."""
 
 import importlib.util
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 from pydantic import Field
 
 from gvjax.config.base import (
     RESOLVED,
+    ConfigError,
     Count,
     Imported,
     NonNegative,
@@ -27,6 +28,111 @@ class TaskSection(Section):
 
     name: Imported
     options: dict[str, Scalar] = Field(default_factory=dict)
+
+
+class RowsSection(Section):
+    """Rows of a dataset and the splits they are taken from.
+
+    Attributes:
+      source: a name of `gvjax.data.sources.SOURCES` (hh_rlhf, ultrafeedback_binarized, tldr_preference, gsm8k, jsonl, ...),
+        or tfds:NAME for a prepared dataset.
+      path: the upstream file, or a folder with a file for each split.
+      train, validation, test: splits, each a name with an optional slice, as test[:50%].
+      drop: faults (`gvjax.data.schema.FAULTS`) whose rows are left out; other faulty rows are kept and counted.
+      max_bad_share: more faulty rows than this share is an error.
+    """
+
+    source: str
+    path: str | None = None
+    train: str = "train"
+    validation: str = "test[:50%]"
+    test: str = "test[50%:]"
+    drop: tuple[str, ...] = ()
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+
+
+class DatasetSection(Section):
+    """A task made of files: prompts, demonstrations and, where the rows are preferences, real pairs.
+
+    Attributes:
+      name: for reports.
+      rows: prompts of all splits, with the pairs or the answers to check.
+      demonstrations: what SFT imitates, its train split only; null imitates the rows' own completions (of a pair the
+        chosen one).
+      tokenizer: a directory with tokenizer.json, a .gguf file or an id on the hub; null is the model's checkpoint.
+      chat: turn plain text into a user's turn and an assistant's. Conversations always go through the template.
+      template: `chatml`, `hh`, or a jinja2 file; null is the tokenizer's own.
+      system: the system turn of conversations that have none; the empty string keeps templates from adding their own.
+      max_prompt, max_completion: tokens; longer prompts are cut, longer completions lose their end and their EOS.
+      prompt_truncation: what a long prompt loses: `left`, `right`, or whole lines before its last one (`newline`).
+      gold: what completions are judged by: `number` compares the last number with the row's answer, a directory holds
+        a reward model of transformers (`gvjax export` writes one) with the same tokenizer, null is nothing. Without it
+        there is no gold reward: runs report KL, length and what the reward model says.
+      prepared: where the rows are kept in normal form once read.
+    """
+
+    name: str
+    rows: RowsSection
+    demonstrations: RowsSection | None = None
+    tokenizer: str | None = None
+    chat: bool = False
+    template: str | None = None
+    system: str | None = None
+    max_prompt: Count
+    max_completion: Count
+    prompt_truncation: Literal["left", "right", "newline"] = "left"
+    gold: str | None = None
+    prepared: str = "runs/prepared"
+
+
+def _kind_of_task(value: Any) -> str:
+    if isinstance(value, dict):
+        return "dataset" if "rows" in value else "simulated"
+    return "dataset" if isinstance(value, DatasetSection) else "simulated"
+
+
+AnyTask = Annotated[
+    Annotated[TaskSection, pydantic.Tag("simulated")]
+    | Annotated[DatasetSection, pydantic.Tag("dataset")],
+    pydantic.Discriminator(_kind_of_task),
+]
+"""A task by name, or one made of files: what has `rows` is the latter."""
+
+KINDS_OF_TASK: dict[str, type[Section]] = {
+    "simulated": TaskSection,
+    "dataset": DatasetSection,
+}
+
+
+def with_tokenizer(data: dict[str, Any]) -> dict[str, Any]:
+    """Config data whose dataset, where it names no tokenizer, has the one beside the model's weights.
+
+    Raises:
+      ConfigError: there are none.
+    """
+    task, model = data.get("task"), data.get("model")
+    if not isinstance(task, dict) or "rows" not in task or task.get("tokenizer"):
+        return data
+    checkpoint = model.get("checkpoint") if isinstance(model, dict) else None
+    if checkpoint is None:
+        raise ConfigError(
+            "task.tokenizer is not given and model names no checkpoint to take it from; give one of the two"
+        )
+    return {**data, "task": {**task, "tokenizer": checkpoint}}
+
+
+class LoraSection(Section):
+    """Low-rank adapters in place of training all of the policy; without them it is the reference, kept once.
+
+    Attributes:
+      rank: 8 to 64 are usual.
+      alpha: adapters count alpha / rank times.
+      targets: regex of the layers that get one: attention/(query|key|value|output), mlp/(gate|up|down).
+    """
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    targets: str = "(attention|mlp)/.*"
 
 
 class OptimizerSection(Section):
@@ -51,11 +157,11 @@ class OptimizerSection(Section):
 
 
 class PairsSection(Section):
-    """The preference data: two samples of the SFT policy per prompt, labelled once by the gold reward.
+    """The preference data: the dataset's own pairs, else two samples of the SFT policy per prompt, labelled by gold.
 
     Attributes:
       count: pairs, and so labels.
-      tau: noise of the labeller in reward units; the better sample wins with probability σ(Δr / τ).
+      tau: noise of the labeller of sampled pairs in reward units; the better sample wins with probability σ(Δr / τ).
       heldout: further labelled pairs on which scorers are judged, never trained on.
     """
 
@@ -92,11 +198,14 @@ class MeshSection(Section):
       data: the batch is split.
       fsdp: the batch and the parameters are split.
       tensor: heads, hidden units and the vocabulary are split.
+      rows_per_call: completions that are sampled or scored at one time where nothing is learned from them (pairs,
+        evaluation, best-of-n); fewer take less memory.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    rows_per_call: Count = 512
 
 
 class LoggingSection(Section):

@@ -9,11 +9,13 @@ from gvjax.config.base import Count, Positive, Scalar, Section, known, refuse_un
 from gvjax.config.reading import merge, validate
 from gvjax.config.recipes import RECIPES_OF_ROAD, RewardSection, SftSection, Trained
 from gvjax.config.sections import (
+    AnyTask,
+    DatasetSection,
     EvaluationSection,
     LoggingSection,
+    LoraSection,
     MeshSection,
     PairsSection,
-    TaskSection,
 )
 
 BEST_OFFLINE = "best offline"
@@ -56,11 +58,11 @@ class TwinSection(Section):
     """A task that differs from the main one only in what is rewarded; it shares the SFT policy and prompts.
 
     Attributes:
-      task: see TaskSection; demonstrations and prompts must be the main task's.
+      task: as the study's; demonstrations and prompts must be the main task's.
       arms: arms run on it; null means all.
     """
 
-    task: TaskSection
+    task: AnyTask
     arms: tuple[str, ...] | None = None
 
 
@@ -88,7 +90,7 @@ class StudyConfig(Section):
       study: its name.
       run_dir: where stages and the report go; the same command resumes, an edited config re-uses what is unchanged.
       seeds: training seeds; each draws its own task instance, SFT policy and pairs.
-      task, model, sft, pairs, reward, evaluation: shared by both roads.
+      task, model, lora, sft, pairs, reward, evaluation: shared by both roads; task, model and lora as in RunConfig.
       arms: name -> ArmSection.
       twins: control tasks.
       augmentation: see AugmentationSection; used by arms with `data: augmented`.
@@ -101,8 +103,9 @@ class StudyConfig(Section):
     study: str
     run_dir: str
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-    task: TaskSection
+    task: AnyTask
     model: dict[str, Scalar]
+    lora: LoraSection | None = None
     sft: SftSection = SftSection()
     pairs: PairsSection = PairsSection()
     reward: RewardSection = RewardSection()
@@ -115,6 +118,16 @@ class StudyConfig(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     mesh: MeshSection = MeshSection()
     logging: LoggingSection = LoggingSection(sample_every=0)
+
+    @pydantic.model_validator(mode="after")
+    def _has_gold(self) -> Self:
+        for section in (self.task, *(twin.task for twin in self.twins)):
+            if isinstance(section, DatasetSection) and section.gold is None:
+                raise ValueError(
+                    f"a study compares its arms by gold reward, and the dataset {section.name} has none; give task.gold:"
+                    " `number`, or the directory of a reward model that was trained on other rows"
+                )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _arms_exist(self, info: pydantic.ValidationInfo) -> Self:

@@ -12,7 +12,6 @@ compressed files are opened with `gzip` (the download manager's extraction needs
 
 import contextlib
 import dataclasses
-import decimal
 import fcntl
 import functools
 import gzip
@@ -33,6 +32,7 @@ import pyarrow.parquet
 import tensorflow_datasets as tfds
 
 from gvjax.data import schema
+from gvjax.data.answers import canonical_number
 from gvjax.data.schema import (
     Converter,
     DemonstrationRow,
@@ -50,22 +50,6 @@ Record = Mapping[str, Any]
 # ---------------------------------------------------------------------------------------------------------------------
 # From upstream records to rows
 # ---------------------------------------------------------------------------------------------------------------------
-
-_NUMBER = re.compile(r"[-+\u2212]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-
-
-def canonical_number(text: str | float) -> str | None:
-    """str: the first number in a text without separators, units and needless zeros; None where there is none.
-
-    "86,400" and "$86400.00 in all" give "86400", 266.0 gives "266", "-0.50%" gives "-0.5".
-    """
-    found = _NUMBER.search(str(text))
-    if found is None:
-        return None
-    number = decimal.Decimal(found.group().replace(",", "").replace("\u2212", "-"))
-    if number == number.to_integral_value():
-        return str(int(number))
-    return format(number.normalize(), "f")
 
 
 def _field(record: Record, name: str, kind: type = str) -> Any:

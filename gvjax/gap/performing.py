@@ -36,8 +36,8 @@ from gvjax.recipes.pairs import (
     Pairs,
     implicit_margins,
     joined,
+    labelled_pairs,
     ranked_pairs,
-    sampled_pairs,
 )
 from gvjax.recipes.rewards import RewardModel, make_rewards
 from gvjax.tasks.task import Task
@@ -142,7 +142,7 @@ class Scene:
 
     def do_sft(self, run: loop.Run) -> dict[str, Any]:
         trained = sft.train(self.study.sft, self.ground, self.task, self.seed, run)
-        loop.save_params(run.directory, trained.params)
+        loop.save_params(run.directory, self.ground.merged(trained.params))
         return {}
 
     def do_pairs(self, run: loop.Run) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class Scene:
             ("validation", self.task.prompts(rng, heldout, "validation")),
             ("test", self.task.prompts(rng, heldout, "test")),
         ):
-            made = sampled_pairs(
+            made = labelled_pairs(
                 self.ground,
                 self.task,
                 self.policy,
@@ -252,9 +252,7 @@ class Scene:
                 "validation": 0.0,
                 **_numbers(judged, self),
             }
-        trained = single.TRAIN[settings.recipe](
-            settings, inputs, run, select=section.select
-        )
+        trained = single.train_policy(settings, inputs, run, select=section.select)
         loop.save_params(run.directory, trained.params)
         chosen = next(
             point for point in trained.curve if point["round"] == trained.round

@@ -15,11 +15,13 @@ from gvjax.gap.stages import Stage
 from gvjax.recipes import (
     single,
 )
+from gvjax.recipes.dataset import Dataset
 from gvjax.recipes.ground import (
     Ground,
     ground_of,
     task_of,
 )
+from gvjax.tasks.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +63,38 @@ def check(study: config.StudyConfig) -> None:
     ground = ground_for(study)
     single.check(study.sft, ground)
     single.check(study.reward, ground)
+    for section in task_sections(study):
+        task = task_of(section, study.seeds[0])
+        single.check_pairs(study.pairs, task)
+        _check_sizes(study, task)
     for name, arm in study.arms.items():
         for settings in config.arm_settings(arm):
             try:
                 single.check(settings, ground)
             except config.ConfigError as error:
                 raise config.ConfigError(f"arms.{name}: {error}") from None
+
+
+def _check_sizes(study: config.StudyConfig, task: Task) -> None:
+    """Refuses a study that asks for more prompts than a dataset has."""
+    if not isinstance(task, Dataset):
+        return
+    for field, split, count in (
+        ("pairs.count", "train", study.pairs.count),
+        ("pairs.heldout", "validation", study.pairs.heldout),
+        ("pairs.heldout", "test", study.pairs.heldout),
+        (
+            "evaluation.validation_prompts",
+            "validation",
+            study.evaluation.validation_prompts,
+        ),
+        ("evaluation.test_prompts", "test", study.evaluation.test_prompts),
+    ):
+        if count > task.size(split):
+            raise config.ConfigError(
+                f"{field} is {count}, but the {split} split of dataset {task.name} has {task.size(split)} rows; use no"
+                " more, or widen the split"
+            )
 
 
 def ground_for(study: config.StudyConfig) -> Ground:
@@ -76,7 +104,7 @@ def ground_for(study: config.StudyConfig) -> Ground:
       ConfigError: a twin has another vocabulary or other lengths than the main task.
     """
     made = [task_of(section, study.seeds[0]) for section in task_sections(study)]
-    grounds = [ground_of(task, study.model, study.mesh) for task in made]
+    grounds = [ground_of(task, study.model, study.mesh, study.lora) for task in made]
     for section, ground in zip(task_sections(study), grounds):
         if ground != grounds[0]:
             raise config.ConfigError(
@@ -97,6 +125,12 @@ def plan_of(study: config.StudyConfig, code: str) -> Plan:
     stages: list[Stage] = []
     by_place: dict[tuple[Any, ...], Stage] = {}
     shared = {"model": study.model, "evaluation": study.evaluation.model_dump()}
+    if study.lora is not None:
+        shared["lora"] = study.lora.model_dump()
+    contents = [
+        getattr(task_of(section, study.seeds[0]), "fingerprint", None)
+        for section in task_sections(study)
+    ]
 
     def add(kind, seed, task, arm, trial, label, inputs: dict[str, Any], parents, cost):
         name = task_sections(study)[task].name
@@ -105,6 +139,8 @@ def plan_of(study: config.StudyConfig, code: str) -> Plan:
         else:
             section = task_sections(study)[task]
             place = {"task": section.model_dump(), "seed": seed}
+        if (content := contents[0 if kind == "sft" else task]) is not None:
+            place["content"] = content
         stage = Stage(
             kind=kind,
             place=(seed, task, arm, trial),

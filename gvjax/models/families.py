@@ -29,7 +29,7 @@ _ACTIVATION_NAMES = {
     "gelu_tanh": "gelu_pytorch_tanh",
     "relu": "relu",
 }
-_RUNTIME = ("dtype", "remat", "scan_layers")
+RUNTIME = ("dtype", "remat", "scan_layers")
 """Fields of ModelConfig that say how it is run, not what it computes: no file holds them."""
 
 
@@ -390,7 +390,7 @@ def _meaning(config: ModelConfig) -> dict[str, Any]:
         if windowed
         else None,
     }
-    return {name: value for name, value in fields.items() if name not in _RUNTIME}
+    return {name: value for name, value in fields.items() if name not in RUNTIME}
 
 
 def _window(given: Mapping[str, Json]) -> dict[str, Any]:

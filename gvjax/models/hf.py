@@ -217,6 +217,11 @@ def resolve(path_or_id: str | os.PathLike[str]) -> Path:
         ) from error
 
 
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copies the files of a directory's tokenizer, as far as it has them."""
+    _copy_files(source, directory, TOKENIZER_FILES)
+
+
 def read_config(path: Path) -> dict[str, Json]:
     """The parsed config.json of a directory, or the same made from the keys of a GGUF file."""
     if path.suffix == ".gguf":
@@ -464,7 +469,7 @@ def _save(
     _name_shards(directory, shards)
     (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     if source is not None:
-        _copy_files(resolve(source), directory, TOKENIZER_FILES)
+        copy_tokenizer(resolve(source), directory)
 
 
 def _check_params(params: Params, shapes: Params) -> None:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from gvjax import config
-from gvjax.recipes.evaluation import PolicyEvaluation
+from gvjax.recipes.evaluation import PolicyEvaluation, gold_of
 from gvjax.recipes.ground import completions_of, role_key, sample_all, score_all
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.rewards import make_rewards, reward_rows
@@ -48,7 +48,7 @@ def evaluate(
         logps = np.where(best.completion_mask, best.logps, 0.0).sum(axis=1)
         kl += logps - score_all(inputs.ground, inputs.reference, sequences)
     return PolicyEvaluation(
-        gold=inputs.task.reward(prompts, completions), kl=kl, completions=completions
+        gold=gold_of(inputs.task, prompts, completions), kl=kl, completions=completions
     )
 
 

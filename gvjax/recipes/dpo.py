@@ -30,7 +30,7 @@ def train(
     """
     ground, pairs = inputs.ground, inputs.required_pairs()
     compiled, schedule = program(ground, settings)
-    state = compiled.start(inputs.policy)
+    state = compiled.start(inputs.trained)
 
     def batch_at(round_: int):
         rows = rows_at(
@@ -39,9 +39,14 @@ def train(
         return pairs.batch(rows, ground.pad_id)
 
     def advance(state, round_):
-        state, metrics = compiled.step(state, ground.put(batch_at(round_)))
+        state, metrics = compiled.step(state, ground.put(batch_at(round_)), inputs.base)
         if round_ == 0 and (expected := first_loss(settings)) is not None:
-            checks.check_first_loss(float(metrics["loss"]), expected, settings.loss)
+            checks.check_first_loss(
+                float(metrics["loss"]),
+                expected,
+                settings.loss,
+                tolerance=checks.TOLERANCE[ground.model.dtype],
+            )
         return state, metrics
 
     first = batch_at(0)
@@ -59,6 +64,7 @@ def train(
         shown=("loss", "rewards/accuracies", "gold", "kl"),
         learning_rate=schedule,
         trained_on=compiled.trained_on,
+        policy_of=inputs.policy_of,
     )
 
 
@@ -74,7 +80,8 @@ def evaluate(inputs: Inputs, params) -> dict[str, float]:
         )
         numbers["implicit_log_likelihood"] = found.log_likelihood
         numbers["implicit_accuracy"] = found.accuracy
-        numbers["implicit_gold_accuracy"] = found.gold_accuracy
+        if found.gold_accuracy is not None:
+            numbers["implicit_gold_accuracy"] = found.gold_accuracy
     return numbers
 
 
@@ -128,11 +135,11 @@ def first_loss(settings: config.DpoSection) -> float | None:
 def program(ground: Ground, settings: config.DpoSection):
     """The compiled step and its learning rate."""
     tx, schedule = make_optimizer(settings.optimizer, settings.steps)
-    step = steps.make_preference_step(
-        ground.logps_fn,
-        tx,
+    make_step = functools.partial(
+        steps.make_preference_step,
+        tx=tx,
         loss=make_loss(settings),
         beta=settings.beta,
         num_microbatches=settings.num_microbatches,
     )
-    return ground.compiler(step, tx), schedule
+    return ground.compiler(make_step, tx), schedule

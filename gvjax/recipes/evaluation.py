@@ -22,22 +22,32 @@ class PolicyEvaluation:
     """One temperature-1 completion of each prompt, judged.
 
     Attributes:
-      gold: f32[N], gold rewards.
+      gold: f32[N], gold rewards; None where the task has none.
       kl: f32[N], log π(y|x) − log π_ref(y|x) of the completion drawn, whose mean estimates KL(π ‖ π_ref), nats.
       completions: as drawn.
     """
 
-    gold: np.ndarray
+    gold: np.ndarray | None
     kl: np.ndarray
     completions: Completions
 
     def summary(self) -> dict[str, float]:
         """Means, for curves and progress bars."""
+        gold = {} if self.gold is None else {"gold": float(self.gold.mean())}
         return {
-            "gold": float(self.gold.mean()),
+            **gold,
             "kl": float(self.kl.mean()),
             "length": float(self.completions.lengths.mean()),
         }
+
+
+def gold_of(
+    task: Task, prompts: Prompts, completions: Completions
+) -> np.ndarray | None:
+    """f32[N]: gold rewards, or None where the task has none."""
+    if task.reward_range is None:
+        return None
+    return task.reward(prompts, completions)
 
 
 def evaluate_policy(
@@ -60,7 +70,7 @@ def evaluate_policy(
     logps = np.where(mask, rollouts.logps, 0.0).sum(axis=1)
     ref_logps = score_all(ground, ref_params, host_sequences(rollouts.tokens, mask))
     return PolicyEvaluation(
-        gold=task.reward(prompts, completions),
+        gold=gold_of(task, prompts, completions),
         kl=logps - ref_logps,
         completions=completions,
     )
@@ -73,13 +83,14 @@ class ScorerEvaluation:
     Attributes:
       log_likelihood: mean log σ(scale · margin), nats per pair; ln ½ is chance.
       accuracy: share of pairs with a positive margin; ties count ½.
-      gold_accuracy: the same against the order of the gold rewards, pairs of equal gold left out.
+      gold_accuracy: the same against the order of the gold rewards, pairs of equal or unknown gold left out; None where
+        no gold is known.
       scale: what margins were multiplied by.
     """
 
     log_likelihood: float
     accuracy: float
-    gold_accuracy: float
+    gold_accuracy: float | None
     scale: float = 1.0
 
 
@@ -94,15 +105,21 @@ def evaluate_margins(
       fit_scale: multiply margins by the scale >= 0 that these very pairs like best. It grants a DPO policy its best β,
         so that it does not lose by miscalibration; it is generous to the scorer it is used for.
     """
+    gold_margins = np.asarray(gold_margins, np.float64)
+    known = ~np.isnan(gold_margins)
     margins = np.asarray(margins, np.float64)
     scale = _best_scale(margins) if fit_scale else 1.0
     right = np.where(margins == 0, 0.5, margins > 0)
-    decided = gold_margins != 0
+    decided = known & (gold_margins != 0)
     agrees = np.where(margins == 0, 0.5, np.sign(margins) == np.sign(gold_margins))
     return ScorerEvaluation(
         log_likelihood=float(special.log_expit(scale * margins).mean()),
         accuracy=float(right.mean()),
-        gold_accuracy=float(agrees[decided].mean()) if decided.any() else 0.5,
+        gold_accuracy=None
+        if not known.any()
+        else float(agrees[decided].mean())
+        if decided.any()
+        else 0.5,
         scale=scale,
     )
 

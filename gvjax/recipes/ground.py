@@ -14,8 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gvjax import config, optim, sampling, sharding, steps, tasks
-from gvjax.models import heads, transformer
+from gvjax.models import families, heads, hf, lora, transformer
+from gvjax.models.lora import LoraConfig
 from gvjax.models.transformer import ModelConfig
+from gvjax.recipes.dataset import Dataset
 from gvjax.tasks.task import Completions, Prompts, Task
 from gvjax.types import (
     LogpsFn,
@@ -48,6 +50,12 @@ class Ground:
       eos_id: the token that ends a completion, or None where all have `completion_length` tokens.
       pad_id: what stands behind completions.
       prompt_length, completion_length: the longest of each, in tokens.
+      checkpoint: weights of transformers that policies start from; None starts from random ones.
+      lora: what is trained instead of the whole policy; None trains all of it.
+      rows_per_call: completions in one compiled call where nothing is learned.
+
+    A policy is either plain parameters or, while adapters are trained, `lora.adapted(base, adapters)`; every function
+    here takes both.
     """
 
     model: ModelConfig
@@ -56,11 +64,34 @@ class Ground:
     pad_id: int
     prompt_length: int
     completion_length: int
+    checkpoint: str | None = None
+    lora: LoraConfig | None = None
+    rows_per_call: int = 512
 
     @property
     def logps_fn(self) -> LogpsFn:
-        """Token log-probabilities of the network."""
-        return transformer.token_logps_fn(self.model, mesh=self.mesh)
+        """Token log-probabilities of a policy."""
+        plain = transformer.token_logps_fn(self.model, mesh=self.mesh)
+
+        def logps_fn(policy, tokens, *rest):
+            return plain(self.with_adapters(policy), tokens, *rest)
+
+        return logps_fn if self.lora is not None else plain
+
+    def with_adapters(self, policy: Params) -> Params:
+        """A policy as the decoder reads it: its adapters, if it has any, beside the frozen kernels."""
+        if self.lora is None or "lora" not in policy:
+            return policy
+        base = jax.lax.stop_gradient(policy["base"])
+        return lora.apply(base, policy["lora"], self.lora)
+
+    def merged(self, policy: Params) -> Params:
+        """A policy as plain parameters, its adapters added to the kernels."""
+        if self.lora is None or "lora" not in policy:
+            return policy
+        return jax.jit(functools.partial(lora.merge, config=self.lora))(
+            policy["base"], policy["lora"]
+        )
 
     def reward_fn(self, pooling: heads.Pooling) -> RewardFn:
         """The reward model over this network's trunk."""
@@ -73,18 +104,47 @@ class Ground:
         A vocabulary that does not divide over the tensor axis stays whole on it: tasks have a few dozen tokens, and
         padding them up would put tokens into the model that no task knows.
         """
+        rules: sharding.Rules = heads.PARTITION_RULES
+        if self.lora is not None:
+            rules = (*lora.PARTITION_RULES, *rules)
         if self.model.vocab_size % self.mesh.shape["tensor"] == 0:
-            return heads.PARTITION_RULES
-        return (*WHOLE_VOCABULARY_RULES, *heads.PARTITION_RULES)
+            return rules
+        return (*WHOLE_VOCABULARY_RULES, *rules)
 
     def put(self, batch: Any) -> Any:
         """A batch of host arrays, on the mesh."""
         return sharding.put_batch(self.mesh, batch)
 
     def init_policy(self, key: jax.Array) -> Params:
-        """Random parameters of a policy."""
+        """Parameters of a policy: the checkpoint's, else random ones.
+
+        Raises:
+          ConfigError: the checkpoint does not hold what its config says.
+        """
+        if self.checkpoint is not None:
+            try:
+                return hf.load_policy(
+                    self.checkpoint,
+                    shardings=lambda shapes: sharding.shardings(
+                        self.mesh, shapes, self.rules
+                    ),
+                    dtype=self.model.dtype,
+                )[1]
+            except ValueError as error:
+                raise config.ConfigError(f"model.checkpoint: {error}") from None
         return sharding.init_sharded(
             lambda key: transformer.init(key, self.model),
+            self.mesh,
+            self.rules,
+            key,
+        )
+
+    def init_trained(self, key: jax.Array, policy: Params) -> Params:
+        """What training a policy changes, at its start: the policy itself, or adapters that do nothing yet."""
+        if self.lora is None:
+            return policy
+        return sharding.init_sharded(
+            lambda key: lora.init(key, transformer.init_shapes(self.model), self.lora),
             self.mesh,
             self.rules,
             key,
@@ -116,18 +176,32 @@ class Ground:
         return sharding.abstract(shapes, placed)
 
     def compiler(
-        self, step: Step, tx: optax.GradientTransformation
+        self, make_step: Callable[[LogpsFn], Step], tx: optax.GradientTransformation
     ) -> "CompiledTraining":
-        """A train step and the making of its first state, each compiled once for the mesh."""
-        return CompiledTraining(self, step, tx)
+        """A train step and the making of its first state, each compiled once for the mesh.
+
+        Args:
+          make_step: from the policy's LogpsFn to the step.
+          tx: its optimizer.
+        """
+        return CompiledTraining(self, make_step, tx)
 
 
 class CompiledTraining:
-    """A train step on a mesh: `start(params)` makes the state, `step(state, batch)` donates it and returns the next."""
+    """A train step on a mesh: `start(params)` makes the state, `step(state, batch)` donates it and returns the next.
 
-    def __init__(self, ground: Ground, step: Step, tx: optax.GradientTransformation):
+    Where adapters are trained the state holds them alone, and `step(state, batch, base)` is given the policy they are
+    for, which it only reads: there is no second copy of the weights, in memory or in checkpoints.
+    """
+
+    def __init__(
+        self,
+        ground: Ground,
+        make_step: Callable[[LogpsFn], Step],
+        tx: optax.GradientTransformation,
+    ):
         self._ground = ground
-        self._plain_step = step
+        self._make_step = make_step
         self._start = jax.jit(functools.partial(steps.init_train_state, tx=tx))
         self._layout: Any = None
         self._batch: Any = None
@@ -143,13 +217,26 @@ class CompiledTraining:
             self._step = sharding.jit_step(self._plain_step, mesh, self._layout)
         return self._start(params)
 
-    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def _plain_step(self, state: TrainState, batch: Any, *base: Params):
+        logps_fn = self._ground.logps_fn
+        if base:
+            # Bound while tracing, so that gradients, moments and norms are the adapters' alone.
+            def of_adapters(adapters, tokens, *rest):
+                return logps_fn(lora.adapted(base[0], adapters), tokens, *rest)
+
+            return self._make_step(of_adapters)(state, batch)
+        return self._make_step(logps_fn)(state, batch)
+
+    def step(
+        self, state: TrainState, batch: Any, base: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
         """One update of a batch that lies on the mesh."""
         if self._step is None:
             raise ValueError("make the state with start(params) first")
         # What another program made (rollouts, advantages) may lie otherwise; where it lies right, nothing moves.
         self._batch = batch = jax.tree.map(self._place, batch)
-        state, metrics = self._step(state, batch)
+        frozen = () if base is None else (base,)
+        state, metrics = self._step(state, batch, *frozen)
         return state, dict(metrics)
 
     def _place(self, leaf: jax.Array) -> jax.Array:
@@ -184,12 +271,17 @@ def make_optimizer(
     return tx, schedule
 
 
-def task_of(section: config.TaskSection, seed: int) -> Task:
-    """The task instance of one seed.
+def task_of(section: config.AnyTask, seed: int) -> Task:
+    """The task instance of one seed; a dataset is the same for all of them.
 
     Raises:
-      ConfigError: there is no such task, or it does not take an option.
+      ConfigError: there is no such task or file, or it does not take an option.
     """
+    if isinstance(section, config.DatasetSection):
+        # Reading rows brings in libraries that take a second to import.
+        from gvjax.recipes import reading
+
+        return reading.dataset_of(section)
     options: dict[str, Any] = {"seed": seed, **section.options}
     try:
         return tasks.load(section.name, **options)
@@ -197,17 +289,91 @@ def task_of(section: config.TaskSection, seed: int) -> Task:
         raise config.ConfigError(f"task: {error}") from None
 
 
-def ground_of(task: Task, model: dict[str, Any], mesh: config.MeshSection) -> Ground:
+def ground_of(
+    task: Task,
+    model: dict[str, Any],
+    mesh: config.MeshSection,
+    adapters: config.LoraSection | None = None,
+) -> Ground:
     """The ground for a task.
 
     Args:
       task: gives the vocabulary and the lengths.
-      model: fields of ModelConfig without vocab_size.
+      model: fields of ModelConfig without vocab_size; or `checkpoint` and the fields that say how it is run.
       mesh: sizes of the mesh axes.
+      adapters: what is trained in place of the whole policy.
 
     Raises:
-      ConfigError: a model field is unknown or impossible, or the mesh does not fit the devices or the network.
+      ConfigError: a model field is unknown or impossible, the checkpoint is not one, or does not fit the task, or the
+        mesh does not fit the devices or the network.
     """
+    shape = (
+        _shape_of_checkpoint(task, model)
+        if "checkpoint" in model
+        else _shape_of_fields(task, model)
+    )
+    try:
+        devices = sharding.make_mesh(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor)
+        for name in ("num_heads", "kv_heads"):
+            sharding.check_tensor_size(devices, getattr(shape, name), f"model.{name}")
+        ground = Ground(
+            model=shape,
+            mesh=devices,
+            eos_id=task.eos_id,
+            pad_id=task.pad_id,
+            prompt_length=task.max_prompt_length,
+            completion_length=task.max_completion_length,
+            checkpoint=model.get("checkpoint"),
+            rows_per_call=mesh.rows_per_call,
+        )
+        ground.policy_shapes()
+    except ValueError as error:
+        raise config.ConfigError(f"mesh: {error}") from None
+    if adapters is None:
+        return ground
+    try:
+        chosen = LoraConfig(adapters.rank, adapters.alpha, adapters.targets)
+        ground = dataclasses.replace(ground, lora=chosen)
+        shapes = transformer.init_shapes(ground.model)
+        jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, chosen))
+    except ValueError as error:
+        raise config.ConfigError(f"lora: {error}") from None
+    return ground
+
+
+def _shape_of_checkpoint(task: Task, model: dict[str, Any]) -> ModelConfig:
+    runtime = {name: value for name, value in model.items() if name != "checkpoint"}
+    for name in runtime:
+        if name not in families.RUNTIME:
+            raise config.ConfigError(
+                f"model.{name} is given beside model.checkpoint, whose config.json says what the network is; only"
+                f" {', '.join(families.RUNTIME)} may be"
+            )
+    try:
+        written = hf.read_config(hf.resolve(model["checkpoint"]))
+        shape = families.model_config(written)
+    except ValueError as error:
+        raise config.ConfigError(f"model.checkpoint: {error}") from None
+    fields = {
+        each.name: getattr(shape, each.name) for each in dataclasses.fields(shape)
+    }
+    shape = config.dataclass_from(ModelConfig, {**fields, **runtime}, "model")
+    if task.vocab_size > shape.vocab_size:
+        raise config.ConfigError(
+            f"the task's tokenizer has {task.vocab_size} tokens, but the model in {model['checkpoint']} only"
+            f" {shape.vocab_size}; use the model's own tokenizer"
+        )
+    longest = written.get("max_position_embeddings")
+    length = task.max_prompt_length + task.max_completion_length
+    if longest is not None and length > longest:
+        raise config.ConfigError(
+            f"task.max_prompt and task.max_completion make {length} tokens, but the model in {model['checkpoint']} was"
+            f" made for {longest}; lower them"
+        )
+    return shape
+
+
+def _shape_of_fields(task: Task, model: dict[str, Any]) -> ModelConfig:
     if "vocab_size" in model:
         raise config.ConfigError(
             f"model.vocab_size is given, but the task has {task.vocab_size} tokens; take it out of the config"
@@ -221,22 +387,7 @@ def ground_of(task: Task, model: dict[str, Any], mesh: config.MeshSection) -> Gr
             f"model.learned_positions is {shape.learned_positions}, but prompt and completion have up to {length}"
             f" tokens; use at least {length}"
         )
-    try:
-        devices = sharding.make_mesh(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor)
-        for name in ("num_heads", "kv_heads"):
-            sharding.check_tensor_size(devices, getattr(shape, name), f"model.{name}")
-        ground = Ground(
-            model=shape,
-            mesh=devices,
-            eos_id=task.eos_id,
-            pad_id=task.pad_id,
-            prompt_length=task.max_prompt_length,
-            completion_length=task.max_completion_length,
-        )
-        ground.policy_shapes()
-    except ValueError as error:
-        raise config.ConfigError(f"mesh: {error}") from None
-    return ground
+    return shape
 
 
 def cached(build: Callable[..., Built]) -> Callable[..., Built]:
@@ -292,6 +443,19 @@ def rows_at(seed: int, role: str, count: int, batch_size: int, step: int) -> np.
 
 
 # Between tasks and steps.
+
+
+def demonstrations_at(
+    task: Task, seed: int, count: int, step: int
+) -> tuple[Prompts, Completions]:
+    """What SFT imitates at one step: fresh draws of a task that makes them, else the rows epoch by epoch."""
+    if isinstance(task, Dataset):
+        return task.demonstrations_of(
+            rows_at(seed, "demonstrations", len(task.demonstrated), count, step)
+        )
+    rng = role_rng(seed, "demonstrations", step)
+    prompts = task.prompts(rng, count, "train")
+    return prompts, task.demonstrations(rng, prompts)
 
 
 def sequences(prompts: Prompts, completions: Completions, pad_id: int) -> SequenceBatch:
@@ -356,7 +520,7 @@ def sampler(
         return sampling.generate(
             decode,
             init_cache,
-            transformer.decode_params(ground.model, params),
+            transformer.decode_params(ground.model, ground.with_adapters(params)),
             prompts,
             lengths,
             key,
@@ -408,7 +572,6 @@ def sample_all(
     *,
     num_samples: int = 1,
     temperature: float = 1.0,
-    part: int = 512,
 ) -> Rollouts:
     """Samples for any number of prompts, in compiled parts; host arrays.
 
@@ -418,11 +581,10 @@ def sample_all(
       key: consumed; each prompt's draws come from its row number, whatever the parts.
       num_samples: completions per prompt.
       temperature: >= 0; only samples drawn at 1 may be learned from.
-      part: completions in one compiled call.
     """
     sample = sampler(ground, num_samples, temperature)
     made = []
-    for rows in in_parts(ground, len(prompts), part // num_samples):
+    for rows in in_parts(ground, len(prompts), ground.rows_per_call // num_samples):
         placed = ground.put((prompts.tokens[rows], prompts.lengths[rows], rows))
         rollouts = sample(params, *placed[:2], key, placed[2])
         made.append(sharding.fetch(rollouts))
@@ -430,15 +592,12 @@ def sample_all(
     return jax.tree.map(lambda rows: rows[: len(prompts) * num_samples], joined)
 
 
-def score_all(
-    ground: Ground, params: Params, batch: SequenceBatch, *, part: int = 512
-) -> np.ndarray:
+def score_all(ground: Ground, params: Params, batch: SequenceBatch) -> np.ndarray:
     """f32[B]: summed log-probability of each completion, for any number of rows, nats."""
     return _in_parts(
         ground,
         lambda rows: jnp.sum(scorer(ground)(params, rows), axis=1),
         batch,
-        part,
     )
 
 
@@ -447,8 +606,6 @@ def reward_all(
     pooling: heads.Pooling,
     params: Params,
     batch: SequenceBatch,
-    *,
-    part: int = 512,
 ) -> np.ndarray:
     """f32[B]: the reward model's reward of each completion, for any number of rows."""
     score = reward_scorer(ground, pooling)
@@ -456,14 +613,13 @@ def reward_all(
         ground,
         lambda rows: score(params, rows.tokens, rows.completion_mask),
         batch,
-        part,
     )
 
 
-def _in_parts(ground, function, batch: SequenceBatch, part: int) -> np.ndarray:
+def _in_parts(ground, function, batch: SequenceBatch) -> np.ndarray:
     count = len(batch.tokens)
     made = []
-    for rows in in_parts(ground, count, part):
+    for rows in in_parts(ground, count, ground.rows_per_call):
         some = SequenceBatch(batch.tokens[rows], batch.completion_mask[rows])
         made.append(sharding.fetch(function(ground.put(some))))
     return np.concatenate(made)[:count]

@@ -21,6 +21,7 @@ from gvjax.types import (
     Params,
     PreferenceBatch,
     SequenceBatch,
+    Step,
 )
 
 HypoBatch = tuple[PreferenceBatch, SequenceBatch, jax.Array]
@@ -44,7 +45,7 @@ def train(
     """
     ground, pairs = inputs.ground, inputs.required_pairs()
     compiled, schedule = program(ground, settings)
-    state = compiled.start(inputs.policy)
+    state = compiled.start(inputs.trained)
     plan = Sampling("hypo", settings.on_policy_prompts, 1)
 
     def pairs_at(round_: int) -> PreferenceBatch:
@@ -54,14 +55,19 @@ def train(
         return pairs.batch(rows, ground.pad_id)
 
     def advance(state, round_):
-        rollouts, _ = draw(inputs, plan, state.params, round_)
+        rollouts, _ = draw(inputs, plan, inputs.policy_of(state.params), round_)
         samples = SequenceBatch(rollouts.tokens, rollouts.completion_mask)
         ref_logps = jnp.sum(scorer(ground)(inputs.policy, samples), axis=1)
         batch = (ground.put(pairs_at(round_)), samples, ref_logps)
-        state, metrics = compiled.step(state, batch)
+        state, metrics = compiled.step(state, batch, inputs.base)
         if round_ == 0:
             # The policy is the reference: DPO's loss is ln 2 and the KL 0.
-            checks.check_first_loss(float(metrics["loss"]), 0.6931472, "HyPO")
+            checks.check_first_loss(
+                float(metrics["loss"]),
+                0.6931472,
+                "HyPO",
+                tolerance=checks.TOLERANCE[ground.model.dtype],
+            )
         return state, metrics
 
     first = pairs_at(0)
@@ -79,6 +85,7 @@ def train(
         shown=("loss", "rewards/accuracies", "objective/kl", "gold"),
         learning_rate=schedule,
         trained_on=compiled.trained_on,
+        policy_of=inputs.policy_of,
     )
 
 
@@ -120,10 +127,12 @@ def hypo_objective(logps_fn: LogpsFn, *, beta: float, kl_coef: float) -> Objecti
 def program(ground: Ground, settings: config.HypoSection):
     """The compiled step and its learning rate."""
     tx, schedule = make_optimizer(settings.optimizer, settings.steps)
-    objective = hypo_objective(
-        ground.logps_fn, beta=settings.beta, kl_coef=settings.kl_coef
-    )
-    step = steps.make_train_step(
-        objective, tx, num_microbatches=settings.num_microbatches
-    )
-    return ground.compiler(step, tx), schedule
+
+    def make_step(logps_fn: LogpsFn) -> Step:
+        objective = hypo_objective(
+            logps_fn, beta=settings.beta, kl_coef=settings.kl_coef
+        )
+        count = settings.num_microbatches
+        return steps.make_train_step(objective, tx, num_microbatches=count)
+
+    return ground.compiler(make_step, tx), schedule

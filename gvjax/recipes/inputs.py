@@ -2,8 +2,17 @@
 
 import dataclasses
 
+import numpy as np
+
+from gvjax.models import lora
 from gvjax.recipes.evaluation import evaluate_policy
-from gvjax.recipes.ground import Ground, rows_at
+from gvjax.recipes.ground import (
+    Ground,
+    reward_all,
+    role_key,
+    rows_at,
+    sequences,
+)
 from gvjax.recipes.pairs import Pairs
 from gvjax.recipes.rewards import RewardModel
 from gvjax.tasks.task import Prompts, Task
@@ -38,9 +47,28 @@ class Inputs:
     heldout: Pairs | None = None
     reward_model: RewardModel | None = None
 
+    @property
+    def trained(self) -> Params:
+        """What training changes, at its start: the policy, or adapters to it."""
+        return self.ground.init_trained(role_key(self.seed, "adapters"), self.policy)
+
+    @property
+    def base(self) -> Params | None:
+        """The policy under the adapters; None where all of it is trained."""
+        return self.policy if self.ground.lora is not None else None
+
+    def policy_of(self, trained: Params) -> Params:
+        """The policy that what is trained makes."""
+        if self.ground.lora is None:
+            return trained
+        return lora.adapted(self.policy, trained)
+
     def evaluate(self, params: Params) -> dict[str, float]:
-        """Gold reward, KL to the reference policy and length on the validation prompts."""
-        return evaluate_policy(
+        """Gold reward, KL to the reference policy and length on the validation prompts.
+
+        Of a dataset without a gold reward, what the reward model says instead, where there is one.
+        """
+        judged = evaluate_policy(
             self.ground,
             self.task,
             params,
@@ -48,7 +76,14 @@ class Inputs:
             self.validation,
             seed=self.seed,
             role="validation",
-        ).summary()
+        )
+        numbers = judged.summary()
+        if judged.gold is None and self.reward_model is not None:
+            rows = sequences(self.validation, judged.completions, self.ground.pad_id)
+            model = self.reward_model
+            scores = reward_all(self.ground, model.pooling, model.params, rows)
+            numbers["reward"] = float(np.mean(scores))
+        return numbers
 
     def prompts_at(self, role: str, count: int, step: int) -> Prompts:
         """The training prompts of one step."""

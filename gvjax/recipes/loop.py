@@ -196,7 +196,7 @@ def train(
         raise ValueError(
             "select is 'best' but nothing is evaluated; give evaluate, or select 'last'"
         )
-    best = jax.tree.map(jnp.copy, policy_of(state.params)) if select == "best" else None
+    best = jax.tree.map(jnp.copy, state.params) if select == "best" else None
     kept: dict[str, Any] = {"train": state, "best": best}
     notes: dict[str, Any] = {
         "curve": [],
@@ -332,7 +332,7 @@ def train(
                     or numbers[select_by] > notes["best_score"]
                 )
                 if select == "best" and better:
-                    best = jax.tree.map(jnp.copy, policy)
+                    best = jax.tree.map(jnp.copy, state.params)
                     notes["best_round"], notes["best_score"] = done, numbers[select_by]
             every = run.logging.sample_every
             if run.show is not None and every and done % every == 0:
@@ -363,7 +363,7 @@ def train(
             " command goes on"
         )
     if select == "best":
-        return Trained(best, notes["best_round"], notes["curve"])
+        return Trained(policy_of(best), notes["best_round"], notes["curve"])
     return Trained(policy_of(state.params), rounds, notes["curve"])
 
 

@@ -37,7 +37,7 @@ def train(
     """
     ground = inputs.ground
     compiled, schedule, pair_up, add_ref = program(ground, settings)
-    state = compiled.start(inputs.policy)
+    state = compiled.start(inputs.trained)
     plan = Sampling(
         "online dpo", settings.prompts_per_step, settings.samples_per_prompt
     )
@@ -46,14 +46,21 @@ def train(
 
     def advance(state, round_):
         # Sampling every round from the starting policy is the same as sampling all rounds beforehand.
-        rollouts = sample(state.params if continual else inputs.policy, round_)
+        rollouts = sample(
+            inputs.policy_of(state.params) if continual else inputs.policy, round_
+        )
         batch = add_ref(inputs.policy, pair_up(rollouts))
         for _ in range(settings.epochs):
-            state, metrics = compiled.step(state, batch)
+            state, metrics = compiled.step(state, batch, inputs.base)
         metrics["objective/scores"] = jnp.mean(rollouts.scored())
         metrics["objective/scores_margin"] = jnp.mean(batch.margin)
         if round_ == 0 and settings.epochs == 1 and settings.labels == "hard":
-            checks.check_first_loss(float(metrics["loss"]), 0.6931472, "online DPO")
+            checks.check_first_loss(
+                float(metrics["loss"]),
+                0.6931472,
+                "online DPO",
+                tolerance=checks.TOLERANCE[ground.model.dtype],
+            )
         return state, metrics
 
     return loop.train(
@@ -67,6 +74,7 @@ def train(
         shown=("objective/scores", "gold", "kl"),
         learning_rate=schedule,
         trained_on=compiled.trained_on,
+        policy_of=inputs.policy_of,
         updates_per_round=settings.epochs,
     )
 
@@ -128,9 +136,9 @@ def program(ground: Ground, settings: config.OnlineDpoSection):
     updates = settings.steps * settings.epochs
     tx, schedule = make_optimizer(settings.optimizer, updates)
     hard = settings.labels == "hard"
-    step = steps.make_preference_step(
-        ground.logps_fn,
-        tx,
+    make_step = functools.partial(
+        steps.make_preference_step,
+        tx=tx,
         loss=losses.dpo_loss if hard else losses.soft_dpo_loss,
         beta=settings.beta,
         num_microbatches=settings.num_microbatches,
@@ -141,4 +149,4 @@ def program(ground: Ground, settings: config.OnlineDpoSection):
         )
     )
     add_ref = jax.jit(functools.partial(steps.with_ref_logps, ground.logps_fn))
-    return ground.compiler(step, tx), schedule, pair_up, add_ref
+    return ground.compiler(make_step, tx), schedule, pair_up, add_ref

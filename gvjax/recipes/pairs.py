@@ -1,4 +1,4 @@
-"""The preference data that both roads share: pairs of samples of the starting policy, labelled once."""
+"""The preference data that both roads share: a dataset's own pairs, or samples of the starting policy, labelled once."""
 
 import dataclasses
 import pathlib
@@ -7,6 +7,8 @@ from typing import Any, Self
 import numpy as np
 
 from gvjax import sharding
+from gvjax.recipes.dataset import Dataset
+from gvjax.recipes.evaluation import gold_of
 from gvjax.recipes.ground import (
     Ground,
     completions_of,
@@ -28,7 +30,7 @@ class Pairs:
     Attributes:
       prompts: Prompts.
       chosen, rejected: Completions, as labelled.
-      chosen_gold, rejected_gold: f32[N], gold rewards: for measurement, never for training.
+      chosen_gold, rejected_gold: f32[N], gold rewards: for measurement, never for training; NaN where there are none.
       ref_chosen_logps, ref_rejected_logps: f32[N], nats, summed, under the starting policy.
     """
 
@@ -102,6 +104,38 @@ class Pairs:
 _NUMBERS = ("chosen_gold", "rejected_gold", "ref_chosen_logps", "ref_rejected_logps")
 
 
+def labelled_pairs(
+    ground: Ground,
+    task: Task,
+    policy: Params,
+    prompts: Prompts,
+    *,
+    seed: int,
+    role: str,
+    tau: float,
+) -> Pairs:
+    """The pairs about some prompts: those that a dataset holds, else samples of the policy, see `sampled_pairs`."""
+    if not (isinstance(task, Dataset) and task.has_pairs):
+        return sampled_pairs(
+            ground, task, policy, prompts, seed=seed, role=role, tau=tau
+        )
+    chosen, rejected = task.pairs(prompts)
+    golds = [_gold(task, prompts, each) for each in (chosen, rejected)]
+    # Plain prompts: which rows they were is of no use to whoever learns from the pairs.
+    plain = Prompts(prompts.tokens, prompts.lengths)
+    logps = [
+        score_all(ground, policy, sequences(plain, each, ground.pad_id))
+        for each in (chosen, rejected)
+    ]
+    return Pairs(plain, chosen, rejected, *golds, *logps)
+
+
+def _gold(task: Task, prompts: Prompts, completions: Completions) -> np.ndarray:
+    """f32[N]: gold rewards, or NaN."""
+    gold = gold_of(task, prompts, completions)
+    return np.full(len(prompts), np.nan, np.float32) if gold is None else gold
+
+
 def sampled_pairs(
     ground: Ground,
     task: Task,
@@ -162,7 +196,7 @@ def ranked_pairs(
     values = values.reshape(-1, count)
     first = np.arange(0, count * len(prompts), count)
     chosen, rejected = first + values.argmax(axis=1), first + values.argmin(axis=1)
-    gold = task.reward(prompts.repeat(count), completions)
+    gold = _gold(task, prompts.repeat(count), completions)
     logps = np.where(rollouts.completion_mask, rollouts.logps, 0.0).sum(axis=1)
     return _pairs(prompts, completions, gold, logps, chosen, rejected)
 

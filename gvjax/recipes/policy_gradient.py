@@ -36,7 +36,7 @@ def train(
     """
     ground = inputs.ground
     compiled, schedule, prepare = program(ground, settings)
-    state = compiled.start(inputs.policy)
+    state = compiled.start(inputs.trained)
     plan = Sampling(
         settings.algorithm,
         settings.prompts_per_step,
@@ -46,12 +46,12 @@ def train(
     sample = Sampler(inputs, settings.rewards, plan, run.clock)
 
     def advance(state, round_):
-        rollouts = sample(state.params, round_)
+        rollouts = sample(inputs.policy_of(state.params), round_)
         sequences = SequenceBatch(rollouts.tokens, rollouts.completion_mask)
         ref_logps = scorer(ground)(inputs.policy, sequences)
         batch, numbers = prepare(rollouts, ref_logps)
         for _ in range(settings.epochs):
-            state, metrics = compiled.step(state, batch)
+            state, metrics = compiled.step(state, batch, inputs.base)
         return state, {**metrics, **numbers}
 
     return loop.train(
@@ -65,6 +65,7 @@ def train(
         shown=("reward", "objective/kl", "gold"),
         learning_rate=schedule,
         trained_on=compiled.trained_on,
+        policy_of=inputs.policy_of,
         updates_per_round=settings.epochs,
     )
 
@@ -129,9 +130,9 @@ def program(ground: Ground, settings: config.PolicyGradientSection):
     tx, schedule = make_optimizer(settings.optimizer, updates)
     loss, normaliser = make_policy_loss(ground, settings)
     in_loss = settings.kl_in == "loss"
-    step = steps.make_policy_gradient_step(
-        ground.logps_fn,
-        tx,
+    make_step = functools.partial(
+        steps.make_policy_gradient_step,
+        tx=tx,
         loss=loss,
         normaliser=normaliser,
         kl_coef=settings.kl_coef if in_loss else 0.0,
@@ -158,4 +159,4 @@ def program(ground: Ground, settings: config.PolicyGradientSection):
         group_size = settings.samples_per_prompt
         return batch, rollout_metrics(rollouts, ref_logps, group_size)
 
-    return ground.compiler(step, tx), schedule, prepare
+    return ground.compiler(make_step, tx), schedule, prepare

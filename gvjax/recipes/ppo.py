@@ -5,6 +5,8 @@ that the critic starts as the policy's trunk with a head of zeros and not as the
 with any source of rewards, and that each epoch is one update on the whole round.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -38,7 +40,7 @@ def train(
     critic = ground.init_reward_model(
         role_key(inputs.seed, "critic"), inputs.policy, zero_head=True
     )
-    state = compiled.start({"policy": inputs.policy, "value": critic})
+    state = compiled.start({"policy": inputs.trained, "value": critic})
     plan = Sampling(
         "ppo",
         settings.prompts_per_step,
@@ -48,12 +50,12 @@ def train(
     sample = Sampler(inputs, settings.rewards, plan, run.clock)
 
     def advance(state, round_):
-        rollouts = sample(state.params["policy"], round_)
+        rollouts = sample(inputs.policy_of(state.params["policy"]), round_)
         sequences = SequenceBatch(rollouts.tokens, rollouts.completion_mask)
         ref_logps = scorer(ground)(inputs.policy, sequences)
         batch, numbers = prepare(state.params["value"], rollouts, ref_logps)
         for epoch in range(settings.epochs):
-            state, metrics = compiled.step(state, batch)
+            state, metrics = compiled.step(state, batch, inputs.base)
             if round_ == epoch == 0:
                 check_first_update(ground, batch, metrics)
         return state, {**metrics, **numbers}
@@ -70,7 +72,7 @@ def train(
         learning_rate=schedule,
         trained_on=compiled.trained_on,
         updates_per_round=settings.epochs,
-        policy_of=lambda params: params["policy"],
+        policy_of=lambda params: inputs.policy_of(params["policy"]),
     )
 
 
@@ -117,10 +119,10 @@ def program(ground: Ground, settings: config.PpoSection):
     updates = settings.steps * settings.epochs
     tx, schedule = make_optimizer(settings.optimizer, updates)
     values_fn = heads.values_fn(ground.model, mesh=ground.mesh)
-    step = steps.make_ppo_step(
-        ground.logps_fn,
-        values_fn,
-        tx,
+    make_step = functools.partial(
+        steps.make_ppo_step,
+        values_fn=values_fn,
+        tx=tx,
         epsilon=settings.epsilon,
         value_epsilon=settings.value_epsilon,
         value_coef=settings.value_coef,
@@ -151,4 +153,4 @@ def program(ground: Ground, settings: config.PpoSection):
         numbers = round_metrics(rollouts, ref_logps, penalties, group_size)
         return ActorCriticBatch(policy, values, returns), numbers
 
-    return ground.compiler(step, tx), schedule, prepare
+    return ground.compiler(make_step, tx), schedule, prepare

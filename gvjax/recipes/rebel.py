@@ -37,17 +37,17 @@ def train(
     """
     ground = inputs.ground
     compiled, schedule, prepare = program(ground, settings)
-    state = compiled.start(inputs.policy)
+    state = compiled.start(inputs.trained)
     plan = Sampling("rebel", settings.prompts_per_step, 2)
     sample = Sampler(inputs, settings.rewards, plan, run.clock)
 
     def advance(state, round_):
-        rollouts = sample(state.params, round_)
+        rollouts = sample(inputs.policy_of(state.params), round_)
         sequences = SequenceBatch(rollouts.tokens, rollouts.completion_mask)
         ref_logps = scorer(ground)(inputs.policy, sequences)
         batch, numbers = prepare(rollouts, ref_logps)
         for epoch in range(settings.epochs):
-            state, metrics = compiled.step(state, batch)
+            state, metrics = compiled.step(state, batch, inputs.base)
             if round_ == epoch == 0:
                 checks.check_first_loss(
                     float(metrics["loss"]),
@@ -70,6 +70,7 @@ def train(
         shown=("objective/scores", "objective/kl", "gold"),
         learning_rate=schedule,
         trained_on=compiled.trained_on,
+        policy_of=inputs.policy_of,
         updates_per_round=settings.epochs,
     )
 
@@ -106,9 +107,9 @@ def program(ground: Ground, settings: config.RebelSection):
     """The compiled step, its learning rate, and what makes its batch of rollouts."""
     updates = settings.steps * settings.epochs
     tx, schedule = make_optimizer(settings.optimizer, updates)
-    step = steps.make_preference_step(
-        ground.logps_fn,
-        tx,
+    make_step = functools.partial(
+        steps.make_preference_step,
+        tx=tx,
         loss=functools.partial(losses.rebel_loss, eta=settings.eta),
         # 1/η is the scale at which log-ratios are fitted to rewards; the metrics show them so.
         beta=1 / settings.eta,
@@ -127,4 +128,4 @@ def program(ground: Ground, settings: config.RebelSection):
         }
         return batch, numbers
 
-    return ground.compiler(step, tx), schedule, prepare
+    return ground.compiler(make_step, tx), schedule, prepare

@@ -3,6 +3,8 @@
 All samples come from the starting policy and are drawn once, before the first update: expert iteration with one round.
 """
 
+import functools
+
 import numpy as np
 
 from gvjax import config, steps
@@ -30,7 +32,7 @@ def train(
     """
     ground = inputs.ground
     compiled, schedule = program(ground, settings)
-    state = compiled.start(inputs.policy)
+    state = compiled.start(inputs.trained)
     # A function of the seed alone, so that a resumed run learns from the same winners.
     best = winners(
         inputs, settings.rewards, inputs.prompts, n=settings.n, role="rejection"
@@ -48,7 +50,7 @@ def train(
     def advance(state, round_):
         rows = rows_of(round_)
         batch = SequenceBatch(best.tokens[rows], best.completion_mask[rows])
-        state, metrics = compiled.step(state, ground.put(batch))
+        state, metrics = compiled.step(state, ground.put(batch), inputs.base)
         metrics["reward"] = np.mean(best.scored()[rows])
         if round_ == 0:
             sampled = best.logps[rows][batch.completion_mask]
@@ -73,6 +75,7 @@ def train(
         shown=("loss", "reward", "gold", "kl"),
         learning_rate=schedule,
         trained_on=compiled.trained_on,
+        policy_of=inputs.policy_of,
     )
 
 
@@ -80,7 +83,7 @@ def train(
 def program(ground: Ground, settings: config.RejectionSection):
     """The compiled step and its learning rate."""
     tx, schedule = make_optimizer(settings.optimizer, settings.steps)
-    step = steps.make_supervised_step(
-        ground.logps_fn, tx, num_microbatches=settings.num_microbatches
+    make_step = functools.partial(
+        steps.make_supervised_step, tx=tx, num_microbatches=settings.num_microbatches
     )
-    return ground.compiler(step, tx), schedule
+    return ground.compiler(make_step, tx), schedule

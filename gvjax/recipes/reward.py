@@ -55,11 +55,13 @@ def train(
 
     def evaluate(params, heldout=heldout):
         found = evaluate_reward_model(ground, settings, params, heldout)
-        return {
+        numbers = {
             "log_likelihood": found.log_likelihood,
             "accuracy": found.accuracy,
-            "gold_accuracy": found.gold_accuracy,
         }
+        if found.gold_accuracy is not None:
+            numbers["gold_accuracy"] = found.gold_accuracy
+        return numbers
 
     first = batch_at(0)
     checks.check_same_everywhere(first)
@@ -111,4 +113,5 @@ def program(ground: Ground, settings: config.RewardSection):
         centering=settings.centering,
         num_microbatches=settings.num_microbatches,
     )
-    return ground.compiler(step, tx), schedule
+    # A reward model is trained whole, whatever the policy is.
+    return ground.compiler(lambda _: step, tx), schedule

@@ -84,8 +84,6 @@ def reward_rows(
     rewards: RewardsFn,
     rollouts: Rollouts,
     prompts: Prompts,
-    *,
-    part: int = 512,
 ) -> np.ndarray:
     """f32[B]: rewards of any number of rollouts, in parts of one shape.
 
@@ -94,10 +92,9 @@ def reward_rows(
       rewards: see `make_rewards`.
       rollouts: B rows of host arrays.
       prompts: a row each.
-      part: rows in one call.
     """
     made = []
-    for rows in in_parts(ground, len(prompts), part):
+    for rows in in_parts(ground, len(prompts), ground.rows_per_call):
         some = ground.put(jax.tree.map(lambda leaf, rows=rows: leaf[rows], rollouts))
         found = sharding.fetch(rewards(some, prompts.take(rows)))
         made.append(found.astype(np.float32))

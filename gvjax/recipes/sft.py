@@ -1,13 +1,16 @@
 """Supervised fine-tuning: the policy both roads start from."""
 
+import functools
+
 from gvjax import config, steps
+from gvjax.models import lora
 from gvjax.recipes import checks, loop
 from gvjax.recipes.ground import (
     Ground,
     cached,
+    demonstrations_at,
     make_optimizer,
     role_key,
-    role_rng,
     sequences,
 )
 from gvjax.tasks.task import Task
@@ -17,7 +20,9 @@ from gvjax.types import SequenceBatch
 def train(
     settings: config.SftSection, ground: Ground, task: Task, seed: int, run: loop.Run
 ) -> loop.Trained:
-    """Trains a policy from scratch on the task's demonstrations, new ones at every step.
+    """Trains a policy on the task's demonstrations: new ones at every step, or a dataset's, epoch by epoch.
+
+    It starts from random parameters, or from the checkpoint that the ground names.
 
     Args:
       settings: how.
@@ -27,15 +32,19 @@ def train(
       run: where it is kept.
     """
     compiled, schedule = program(ground, settings)
-    state = compiled.start(ground.init_policy(role_key(seed, "init")))
+    policy = ground.init_policy(role_key(seed, "init"))
+    adapted = ground.lora is not None
+    base = policy if adapted else None
+    state = compiled.start(ground.init_trained(role_key(seed, "adapters"), policy))
+    # Without adapters the state has its own copy, and nobody else needs this one.
+    del policy
 
     def batch_at(round_: int) -> SequenceBatch:
-        rng = role_rng(seed, "demonstrations", round_)
-        prompts = task.prompts(rng, settings.batch_size, "train")
-        return sequences(prompts, task.demonstrations(rng, prompts), ground.pad_id)
+        rows = demonstrations_at(task, seed, settings.batch_size, round_)
+        return sequences(*rows, ground.pad_id)
 
     def advance(state, round_):
-        return compiled.step(state, ground.put(batch_at(round_)))
+        return compiled.step(state, ground.put(batch_at(round_)), base)
 
     first = batch_at(0)
     checks.check_same_everywhere(first)
@@ -47,6 +56,7 @@ def train(
         rounds=settings.steps,
         learning_rate=schedule,
         trained_on=compiled.trained_on,
+        policy_of=lambda trained: lora.adapted(base, trained) if adapted else trained,
     )
 
 
@@ -54,7 +64,7 @@ def train(
 def program(ground: Ground, settings: config.SftSection):
     """The compiled step and its learning rate."""
     tx, schedule = make_optimizer(settings.optimizer, settings.steps)
-    step = steps.make_supervised_step(
-        ground.logps_fn, tx, num_microbatches=settings.num_microbatches
+    make_step = functools.partial(
+        steps.make_supervised_step, tx=tx, num_microbatches=settings.num_microbatches
     )
-    return ground.compiler(step, tx), schedule
+    return ground.compiler(make_step, tx), schedule

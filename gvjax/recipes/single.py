@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
-import numpy as np
 
 from gvjax import config, losses, sharding
 from gvjax.judges.verifier import Verifier
@@ -25,7 +24,8 @@ from gvjax.recipes import (
     reward,
     sft,
 )
-from gvjax.recipes.evaluation import PolicyEvaluation, evaluate_policy
+from gvjax.recipes.dataset import Dataset
+from gvjax.recipes.evaluation import PolicyEvaluation, evaluate_policy, gold_of
 from gvjax.recipes.ground import (
     Ground,
     completions_of,
@@ -36,7 +36,7 @@ from gvjax.recipes.ground import (
     task_of,
 )
 from gvjax.recipes.inputs import Inputs
-from gvjax.recipes.pairs import Pairs, sampled_pairs
+from gvjax.recipes.pairs import Pairs, labelled_pairs
 from gvjax.recipes.rewards import RewardModel
 from gvjax.tasks.task import Prompts, Task
 from gvjax.types import Params
@@ -114,8 +114,35 @@ def finished(
         )
     settings = config.reread((directory / "config.json").read_text(encoding="utf-8"))
     task = task_of(settings.task, settings.seed)
-    ground = ground_of(task, settings.model, mesh or settings.mesh)
+    ground = ground_of(task, settings.model, mesh or settings.mesh, settings.lora)
     return Finished(settings, directory, task, ground)
+
+
+def train_policy(
+    section: config.Recipe, inputs: Inputs, run: loop.Run, *, select: loop.Select
+) -> loop.Trained:
+    """Runs a recipe that turns a policy into another; adapters are merged into what comes out."""
+    trained = TRAIN[section.recipe](section, inputs, run, select=select)
+    return dataclasses.replace(trained, params=inputs.ground.merged(trained.params))
+
+
+def check_pairs(section: config.PairsSection, task: Task) -> None:
+    """Refuses pairs that a task cannot give.
+
+    Raises:
+      ConfigError: a dataset brings its own labels and `tau` is given, or it has neither pairs nor a gold reward.
+    """
+    if not isinstance(task, Dataset):
+        return
+    if task.has_pairs and "tau" in section.model_fields_set:
+        raise config.ConfigError(
+            f"pairs.tau is given, but dataset {task.name} has labelled pairs of its own; take it out of the config"
+        )
+    if not task.has_pairs and task.judge is None:
+        raise config.ConfigError(
+            f"dataset {task.name} has no pairs, and no gold reward to label samples by; give task.gold, or rows that are"
+            " preferences"
+        )
 
 
 def check(section: config.Recipe, ground: Ground) -> None:
@@ -199,30 +226,32 @@ def run(
         return json.loads(done.read_text(encoding="utf-8"))
     section = settings.settings
     task = task_of(settings.task, settings.seed)
-    ground = ground_of(task, settings.model, settings.mesh)
+    ground = ground_of(task, settings.model, settings.mesh, settings.lora)
     check(section, ground)
+    if settings.pairs is not None:
+        check_pairs(settings.pairs, task)
+    prompts, validation = _prompts(settings, task)
     policy, reward_model = _starts(settings, ground)
     # Kept only now: a config that was refused must not stand in the way of the corrected one.
     if jax.process_index() == 0:
         identity.keep(settings, what)
     one = loop.Run(
         directory,
-        what,
+        {**what, **_content(task)},
         settings.logging,
         settings.checkpoints,
         settings.timeouts,
         progress,
         force=tuple(force),
     )
-    rng = role_rng(settings.seed, "prompts")
-    count = settings.pairs.count if settings.pairs else 1000
-    prompts = task.prompts(rng, count, "train")
-    validation = task.prompts(rng, settings.evaluation.validation_prompts, "validation")
     if show is not None and section.recipe != "reward":
         one = dataclasses.replace(one, show=_shower(ground, task, validation, show))
     if isinstance(section, config.SftSection):
         trained = sft.train(section, ground, task, settings.seed, one)
+        trained = dataclasses.replace(trained, params=ground.merged(trained.params))
     else:
+        if policy is None:
+            policy = ground.init_policy(role_key(settings.seed, "init"))
         inputs = Inputs(
             ground=ground,
             task=task,
@@ -240,9 +269,7 @@ def run(
         if isinstance(section, config.RewardSection):
             trained = reward.train(section, inputs, one)
         else:
-            trained = TRAIN[section.recipe](
-                section, inputs, one, select=settings.select
-            )
+            trained = train_policy(section, inputs, one, select=settings.select)
     loop.save_params(directory, trained.params)
     last = trained.curve[-1] if trained.curve else {}
     return _finish(done, {**last, "round": trained.round, "curve": trained.curve})
@@ -254,8 +281,7 @@ def judge(
     """One temperature-1 completion of each of some test prompts, judged; KL is to the policy the run started from."""
     chosen = run.task.prompts(role_rng(seed, "judged prompts"), prompts, "test")
     policy = run.policy()
-    start = run.settings.start
-    reference = policy if start is None else finished(start).policy()
+    reference = policy if run.settings.settings.recipe == "sft" else started(run)
     judged = evaluate_policy(
         run.ground, run.task, policy, reference, chosen, seed=seed, role="judge"
     )
@@ -263,19 +289,55 @@ def judge(
 
 
 def heldout_pairs(run: Finished, count: int, seed: int) -> Pairs:
-    """Fresh labelled pairs on test prompts, of the policy that a reward model's run started from."""
-    start = finished(str(run.settings.start))
+    """Labelled pairs on test prompts: a dataset's, else fresh ones of the policy that the run started from."""
     prompts = run.task.prompts(role_rng(seed, "judged prompts"), count, "test")
     assert run.settings.pairs is not None
-    return sampled_pairs(
+    return labelled_pairs(
         run.ground,
         run.task,
-        start.policy(),
+        started(run),
         prompts,
         seed=seed,
         role="judge",
         tau=run.settings.pairs.tau,
     )
+
+
+def started(run: Finished) -> Params:
+    """The policy that a run started from."""
+    if run.settings.start is None:
+        return run.ground.init_policy(role_key(run.settings.seed, "init"))
+    return finished(run.settings.start).policy()
+
+
+def _prompts(settings: config.RunConfig, task: Task) -> tuple[Prompts, Prompts]:
+    """Training and validation prompts.
+
+    Raises:
+      ConfigError: a dataset has fewer rows than are asked for.
+    """
+    rng = role_rng(settings.seed, "prompts")
+    count = 1000
+    if isinstance(task, Dataset):
+        count = task.size("train")
+    if settings.pairs is not None:
+        count = settings.pairs.count
+    judged = settings.evaluation.validation_prompts
+    if isinstance(task, Dataset) and settings.settings.recipe in ("sft", "reward"):
+        # They are not judged on prompts: only shown some.
+        judged = min(judged, task.size("validation"))
+    try:
+        return (
+            task.prompts(rng, count, "train"),
+            task.prompts(rng, judged, "validation"),
+        )
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from None
+
+
+def _content(task: Task) -> dict[str, Any]:
+    """What the rows of a dataset were, for a run that goes on with them."""
+    return {"data": task.fingerprint} if isinstance(task, Dataset) else {}
 
 
 def _starts(
@@ -319,7 +381,7 @@ def _pairs(
     rng = role_rng(settings.seed, "held-out prompts")
     heldout = task.prompts(rng, settings.pairs.heldout, "validation")
     return {
-        name: sampled_pairs(
+        name: labelled_pairs(
             ground,
             task,
             policy,
@@ -346,7 +408,8 @@ def _shower(ground: Ground, task: Task, prompts: Prompts, show: Callable[[str], 
 
     def show_samples(params: Params) -> None:
         for prompt, completion, gold in samples(ground, task, params, few, seed=0):
-            show(f"{prompt}  →  {completion}   gold {gold:.2f}")
+            judged = "" if gold is None else f"   gold {gold:.2f}"
+            show(f"{prompt}  →  {completion}{judged}")
 
     return show_samples
 
@@ -360,8 +423,8 @@ def samples(
     seed: int,
     num_samples: int = 1,
     temperature: float = 1.0,
-) -> list[tuple[str, str, float]]:
-    """(prompt, completion, gold reward) of some completions, decoded."""
+) -> list[tuple[str, str, float | None]]:
+    """(prompt, completion, gold reward or None) of some completions, decoded."""
     rollouts = sample_all(
         ground,
         params,
@@ -372,12 +435,12 @@ def samples(
     )
     completions = completions_of(rollouts, ground.completion_length)
     rows = prompts.repeat(num_samples)
-    gold = np.asarray(task.reward(rows, completions))
+    gold = gold_of(task, rows, completions)
     return [
         (
             task.decode(rows.tokens[i][: rows.lengths[i]]),
             task.decode(completions.tokens[i][: completions.lengths[i]]),
-            float(gold[i]),
+            None if gold is None else float(gold[i]),
         )
         for i in range(len(rows))
     ]

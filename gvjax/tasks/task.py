@@ -84,7 +84,7 @@ class Task(Protocol):
       pad_id: what stands behind the end of a row; no sampled token should be this.
       eos_id: the token that ends a completion, or None where all completions have `max_completion_length` tokens.
       max_prompt_length, max_completion_length: in tokens, the EOS counted.
-      reward_range: (low, high), bounds of the gold reward.
+      reward_range: (low, high), bounds of the gold reward; None where there is no gold reward to ask for.
     """
 
     @property
@@ -100,7 +100,7 @@ class Task(Protocol):
     @property
     def max_completion_length(self) -> int: ...
     @property
-    def reward_range(self) -> tuple[float, float]: ...
+    def reward_range(self) -> tuple[float, float] | None: ...
 
     def prompts(
         self,
