@@ -8,14 +8,16 @@ from gvjax import masked
 
 
 def _groups(rewards: jax.Array, group_size: int, smallest: int) -> jax.Array:
-    chex.assert_rank(rewards, 1)
+    chex.assert_rank(rewards, 1, custom_message="argument rewards")
+    chex.assert_type(rewards, float, custom_message="argument rewards")
     if group_size < smallest:
         raise ValueError(
             f"group_size is {group_size}; comparing completions of one prompt needs at least {smallest}"
         )
     if rewards.shape[0] % group_size:
         raise ValueError(
-            f"{rewards.shape[0]} rewards are not divisible by group_size {group_size}; sample whole groups"
+            f"{rewards.shape[0]} rewards are not divisible by group_size {group_size}; sample whole groups, as many of"
+            " every prompt"
         )
     return masked.at_least_float32(rewards).reshape(-1, group_size)
 
@@ -97,11 +99,20 @@ def gae(
     References:
       Schulman et al., 2015, https://arxiv.org/abs/1506.02438, Eq. 16.
     """
-    chex.assert_rank([rewards, values, mask], 2)
-    chex.assert_equal_shape([rewards, values, mask])
+    given = {
+        "rewards": (rewards, float),
+        "values": (values, float),
+        "mask": (mask, bool),
+    }
+    for name, (array, dtype) in given.items():
+        chex.assert_rank(array, 2, custom_message=f"argument {name}")
+        chex.assert_type(array, dtype, custom_message=f"argument {name}")
+        chex.assert_equal_shape([rewards, array], custom_message=f"argument {name}")
     for name, number in (("gamma", gamma), ("lam", lam)):
         if not 0 <= number <= 1:
-            raise ValueError(f"{name} is {number}; it must lie in [0, 1]")
+            raise ValueError(
+                f"{name} is {number}; it must lie in [0, 1], and 1 is common"
+            )
     rewards, values = masked.select(rewards, mask), masked.select(values, mask)
 
     def backwards(carry, column):

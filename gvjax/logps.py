@@ -22,8 +22,11 @@ def token_logps(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     Returns:
       f32[B, T], nats, aligned to `tokens`.
     """
-    chex.assert_rank([logits, tokens], [3, 2])
-    chex.assert_equal_shape_prefix([logits, tokens], 2)
+    _check_rank(3, float, logits=logits)
+    _check_rank(2, int, tokens=tokens)
+    chex.assert_equal_shape_prefix(
+        [logits, tokens], 2, custom_message="arguments logits and tokens"
+    )
     return _align(_picked_logps(logits[:, :-1], tokens[:, 1:]))
 
 
@@ -51,9 +54,13 @@ def chunked_token_logps(
     Returns:
       f32[B, T], nats, aligned to `tokens`; column 0 is 0.
     """
-    chex.assert_rank([hidden, unembed, tokens], [3, 2, 2])
+    _check_rank(3, float, hidden=hidden)
+    _check_rank(2, float, unembed=unembed)
+    _check_rank(2, int, tokens=tokens)
     if hidden.shape[1] != tokens.shape[1] - 1:
-        chex.assert_equal_shape_prefix([hidden, tokens], 2)
+        chex.assert_equal_shape_prefix(
+            [hidden, tokens], 2, custom_message="arguments hidden and tokens"
+        )
     if chunk_size <= 0:
         raise ValueError(f"chunk_size is {chunk_size}; it must be positive, e.g. 1024")
     (batch, length), width = tokens.shape, hidden.shape[-1]
@@ -125,7 +132,7 @@ def kl_k1(logps: jax.Array, ref_logps: jax.Array) -> jax.Array:
     References:
       Schulman, 2020, http://joschu.net/blog/kl-approx.html.
     """
-    chex.assert_equal_shape([logps, ref_logps])
+    _check_same_shape(logps, ref_logps)
     return logps - ref_logps
 
 
@@ -141,7 +148,7 @@ def kl_k2(logps: jax.Array, ref_logps: jax.Array) -> jax.Array:
     References:
       Schulman, 2020, http://joschu.net/blog/kl-approx.html.
     """
-    chex.assert_equal_shape([logps, ref_logps])
+    _check_same_shape(logps, ref_logps)
     return 0.5 * jnp.square(logps - ref_logps)
 
 
@@ -157,8 +164,20 @@ def kl_k3(logps: jax.Array, ref_logps: jax.Array) -> jax.Array:
     References:
       Schulman, 2020, http://joschu.net/blog/kl-approx.html; Shao et al., 2024, https://arxiv.org/abs/2402.03300, Eq. 4.
     """
-    chex.assert_equal_shape([logps, ref_logps])
+    _check_same_shape(logps, ref_logps)
     return jnp.expm1(ref_logps - logps) - (ref_logps - logps)
+
+
+def _check_rank(rank: int, dtype: type, **arrays: jax.Array) -> None:
+    for name, array in arrays.items():
+        chex.assert_rank(array, rank, custom_message=f"argument {name}")
+        chex.assert_type(array, dtype, custom_message=f"argument {name}")
+
+
+def _check_same_shape(logps: jax.Array, ref_logps: jax.Array) -> None:
+    chex.assert_equal_shape(
+        [logps, ref_logps], custom_message="arguments logps and ref_logps"
+    )
 
 
 def _picked_logps(logits: jax.Array, targets: jax.Array) -> jax.Array:

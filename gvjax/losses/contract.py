@@ -83,6 +83,34 @@ def arguments(loss: Loss, vocabulary: tuple[str, ...] = VOCABULARY) -> tuple[str
     return tuple(name for name in vocabulary if name in required)
 
 
+_NOT_FLOATS = {
+    "chosen_lengths": jnp.int32,
+    "rejected_lengths": jnp.int32,
+    "chosen_from_reference": jnp.bool_,
+    "desirable": jnp.bool_,
+    "mask": jnp.bool_,
+}
+
+
+def try_out(loss: Loss, names: tuple[str, ...]) -> None:
+    """Calls a loss on shapes alone, so that a hyper-parameter it refuses is refused when a step is built.
+
+    Args:
+      loss: as for `arguments`.
+      names: the arrays it asks for.
+
+    Raises:
+      ValueError: the loss's own, for a value that is impossible whatever the arrays hold.
+    """
+    shapes = {
+        name: jax.ShapeDtypeStruct(
+            () if name == "kl" else (2,), _NOT_FLOATS.get(name, jnp.float32)
+        )
+        for name in names
+    }
+    jax.eval_shape(loss, **shapes)
+
+
 def underlying(loss: Loss) -> Iterator[Loss]:
     """Yields the functions a loss is made of, looking through partials, sums and wrappers."""
     while isinstance(loss, functools.partial):

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,9 +23,14 @@ from gvjax.losses import (
     per_token,
     sequence_clipped_loss,
 )
-from gvjax.losses.contract import underlying
+from gvjax.losses.contract import require_non_negative, underlying
 from gvjax.steps.core import make_train_step
-from gvjax.steps.sequences import check_floats, completion_logps, predicted_mask
+from gvjax.steps.sequences import (
+    check_completions,
+    check_floats,
+    completion_logps,
+    predicted_mask,
+)
 from gvjax.types import (
     LogpsFn,
     Objective,
@@ -63,6 +69,7 @@ def policy_batch(
       ref_logps: f32[B, T] or None, the reference policy's.
 
     Raises:
+      AssertionError: the advantages are not floats of that shape.
       ValueError: the tokens were drawn from another distribution than the policy's (temperature, top-k, top-p): the
         importance ratios and KL estimates of the losses here would be wrong.
     """
@@ -71,6 +78,16 @@ def policy_batch(
             "these rollouts were sampled at a temperature other than 1 or with top-k or top-p, which the losses here"
             " do not account for; sample them at temperature 1 from the full vocabulary"
         )
+    advantages = jnp.asarray(advantages)
+    shape = rollouts.tokens.shape
+    for name, array in (("advantages", advantages), ("ref_logps", ref_logps)):
+        if array is not None:
+            message = f"argument {name}"
+            short = name == "advantages" and array.ndim == 1
+            chex.assert_shape(
+                array, shape[:1] if short else shape, custom_message=message
+            )
+            chex.assert_type(array, float, custom_message=message)
     if advantages.ndim == 1:
         advantages = jnp.broadcast_to(advantages[:, None], rollouts.tokens.shape)
     return PolicyBatch(
@@ -106,6 +123,8 @@ def penalised_rewards(
     References:
       Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740, Eq. 2.
     """
+    require_non_negative(kl_coef=kl_coef)
+    check_completions(rewards, logps, ref_logps, mask)
     return rewards - kl_coef * masked.sum(logps - ref_logps, mask, axis=1)
 
 
@@ -132,12 +151,15 @@ def policy_gradient_objective(
       `(params, PolicyBatch) -> (Mean, metrics)`.
 
     Raises:
-      ValueError: if kl_coef is negative, or positive and the batch has no ref_logps.
+      ValueError: if kl_coef is negative, or positive and the batch has no ref_logps, or a hyper-parameter of the loss is
+        impossible.
     """
     if not kl_coef >= 0:
         raise ValueError(
             f"kl_coef is {kl_coef}; it must not be negative, and 0 switches the KL term off"
         )
+    token = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+    jax.eval_shape(loss, token, token, token, jax.ShapeDtypeStruct((2, 2), jnp.bool_))
 
     def objective(params: Params, batch: PolicyBatch):
         sequences = SequenceBatch(batch.tokens, batch.completion_mask)

@@ -11,7 +11,12 @@ from gvjax.losses import clipped_policy_loss, clipped_value_loss
 from gvjax.losses.contract import require_non_negative, require_positive
 from gvjax.steps.core import make_train_step
 from gvjax.steps.policy_gradient import ratio_metrics
-from gvjax.steps.sequences import check_floats, completion_logps, predicted_mask
+from gvjax.steps.sequences import (
+    check_completions,
+    check_floats,
+    completion_logps,
+    predicted_mask,
+)
 from gvjax.types import (
     ActorCriticBatch,
     LogpsFn,
@@ -47,6 +52,8 @@ def token_rewards(
     References:
       Ziegler et al., 2019, https://arxiv.org/abs/1909.08593; Huang et al., 2024, https://arxiv.org/abs/2403.17031.
     """
+    require_non_negative(kl_coef=kl_coef)
+    check_completions(rewards, logps, ref_logps, mask)
     after = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
     last = mask & ~after
     penalties = -kl_coef * masked.select(logps - ref_logps, mask)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from gvjax.losses import VOCABULARY, arguments, couples_rows, dpo_loss
-from gvjax.losses.contract import require_positive
+from gvjax.losses.contract import require_positive, try_out
 from gvjax.steps.core import make_train_step
 from gvjax.steps.sequences import (
     check_floats,
@@ -95,11 +95,12 @@ def preference_objective(
       `(params, PreferenceBatch) -> (Mean over pairs, metrics)`.
 
     Raises:
-      ValueError: if beta is not positive, the loss asks for an array that no batch has, or (when traced) that this one
-        lacks, or the batch weighs rows that the loss couples.
+      ValueError: if beta or another hyper-parameter of the loss is impossible, the loss asks for an array that no batch
+        has, or (when traced) that this one lacks, or the batch weighs rows that the loss couples.
     """
     loss, beta = with_beta(loss, beta)
     needed = arguments(loss, (*VOCABULARY, "chosen_from_reference"))
+    try_out(loss, needed)
     coupled = couples_rows(loss)
 
     def objective(params: Params, batch: PreferenceBatch):

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gvjax.losses.contract import require_smoothing
 from gvjax.losses.reward import bradley_terry_loss, centering_penalty
 from gvjax.masked import Max, Min, at_least_float32
 from gvjax.steps.core import make_train_step
 from gvjax.steps.sequences import (
     check_floats,
+    check_sequences,
     interleave,
     row_mean,
     row_weights,
@@ -22,6 +24,7 @@ def paired_rewards(
     reward_fn: RewardFn, params: Params, batch: PreferenceBatch
 ) -> tuple[jax.Array, jax.Array]:
     """(chosen f32[B], rejected f32[B]): rewards of both completions of every pair, in one forward pass."""
+    check_sequences(chosen=batch.chosen, rejected=batch.rejected)
     both = interleave(batch.chosen, batch.rejected)
     if both.segments is not None:
         raise ValueError(
@@ -56,10 +59,13 @@ def reward_objective(
       `(params, PreferenceBatch) -> (Mean over pairs, metrics)`.
 
     Raises:
-      ValueError: if centering is negative.
+      ValueError: if centering is negative, or label_smoothing outside [0, 0.5).
     """
+    require_smoothing(label_smoothing)
     if centering < 0:
-        raise ValueError(f"centering is {centering}; it must not be negative")
+        raise ValueError(
+            f"centering is {centering}; it must not be negative, and 0 switches it off"
+        )
 
     def objective(params: Params, batch: PreferenceBatch):
         chosen, rejected = paired_rewards(reward_fn, params, batch)

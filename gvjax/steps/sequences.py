@@ -40,6 +40,16 @@ def check_floats(like: jax.Array, **arrays: jax.Array | None) -> None:
             chex.assert_type(array, float, custom_message=message)
 
 
+def check_completions(
+    rewards: jax.Array, logps: jax.Array, ref_logps: jax.Array, mask: jax.Array
+) -> None:
+    """Checks rewards `[B]` against what stands on the tokens `[B, T]`, naming the array that is wrong."""
+    chex.assert_rank(mask, 2, custom_message="argument mask")
+    chex.assert_type(mask, bool, custom_message="argument mask")
+    check_floats(mask, logps=logps, ref_logps=ref_logps)
+    check_floats(mask[:, 0], rewards=rewards)
+
+
 def predicted_mask(batch: SequenceBatch) -> jax.Array:
     """bool[B, T]: completion tokens that something stands before; a sequence's first token is never predicted."""
     mask = jnp.asarray(batch.completion_mask).at[:, 0].set(False)
@@ -126,6 +136,7 @@ def paired_logps(
     logps_fn: LogpsFn, params: Params, batch: PreferenceBatch
 ) -> tuple[jax.Array, jax.Array]:
     """(chosen f32[B], rejected f32[B]): log-probabilities of both completions of every pair, in one forward pass."""
+    check_sequences(chosen=batch.chosen, rejected=batch.rejected)
     both = summed_logps(logps_fn, params, interleave(batch.chosen, batch.rejected))
     chosen, rejected = both.reshape(-1, 2).T
     return chosen, rejected

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from gvjax.losses import UNPAIRED_VOCABULARY, Loss, arguments, kto_kl, kto_loss
-from gvjax.losses.contract import bools_like
+from gvjax.losses.contract import bools_like, try_out
 from gvjax.masked import Mean
 from gvjax.steps.core import make_train_step, split
 from gvjax.steps.preference import check_rowwise, with_beta
@@ -87,7 +87,7 @@ def unpaired_objective(
       `(params, UnpairedBatch) -> (Mean over rows, metrics)`.
 
     Raises:
-      ValueError: if beta is not positive, or the loss asks for an array that no batch has, or (when traced) that this
+      ValueError: if beta or another hyper-parameter of the loss is impossible, or the loss asks for an array that no batch has, or (when traced) that this
         one lacks.
     """
     rows = _rows_objective(logps_fn, loss, beta)
@@ -156,6 +156,7 @@ def _rows_objective(logps_fn: LogpsFn, loss: Loss, beta: float | None) -> Object
     """`(params, (UnpairedBatch, kl f32[B] of one number)) -> (Mean over rows, metrics)`."""
     loss, beta = with_beta(loss, beta)
     needed = arguments(loss, UNPAIRED_VOCABULARY)
+    try_out(loss, needed)
 
     def objective(params: Params, batch_and_kl: tuple[UnpairedBatch, jax.Array]):
         batch, kl = batch_and_kl

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import gvjax
-from gvjax import losses
+from gvjax import losses, steps
 from gvjax.types import (
     ActorCriticBatch,
     PolicyBatch,
@@ -209,7 +209,7 @@ REFUSED = {
             PAIRS, chosen=SequenceBatch(FIRST.tokens, FIRST.completion_mask * 1)
         ),
         AssertionError,
-        "first.completion_mask",
+        "chosen.completion_mask",
     ),
     "short mask": (
         gvjax.make_supervised_step(logps_fn, SGD),
@@ -337,6 +337,10 @@ def build(make, **settings):
     return functools.partial(make, logps_fn, SGD, **settings)
 
 
+def preference(loss, **bound):
+    return build(gvjax.make_preference_step, loss=functools.partial(loss, **bound))
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -364,11 +368,104 @@ def build(make, **settings):
             ),
             "value_epsilon is 0",
         ),
+        (
+            functools.partial(
+                gvjax.make_reward_step, reward_fn, SGD, label_smoothing=0.5
+            ),
+            "label_smoothing is 0.5",
+        ),
+        (build(gvjax.make_dpo_step, label_smoothing=0.7), "label_smoothing is 0.7"),
+        # Bound to the loss beforehand.
+        (preference(losses.dpo_loss, beta=0), "beta is 0"),
+        (preference(losses.ipo_loss, tau=-1), "tau is -1"),
+        (preference(losses.xpo_loss, alpha=-1), "alpha is -1"),
+        (preference(losses.aot_loss, label_smoothing=0.5), "label_smoothing is 0.5"),
+        (
+            build(
+                gvjax.make_unpaired_step,
+                loss=functools.partial(losses.kto_loss, undesirable_weight=-1),
+            ),
+            "undesirable_weight is -1",
+        ),
+        (
+            build(
+                gvjax.make_policy_gradient_step,
+                loss=functools.partial(losses.clipped_policy_loss, epsilon=-1),
+            ),
+            "epsilon is -1",
+        ),
     ],
 )
 def test_bad_settings_are_refused_when_the_step_is_built(make, text):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+ROWS, TOKENS, KEPT = jnp.ones(2), jnp.ones((2, 4)), jnp.ones((2, 4), bool)
+SAMPLED = gvjax.Rollouts(FIRST.tokens, FIRST.completion_mask, TOKENS)
+WRONG = {
+    "a row short": (lambda: gvjax.policy_batch(SAMPLED, jnp.ones(3)), "advantages"),
+    "integers": (lambda: gvjax.policy_batch(SAMPLED, jnp.array([1, 2])), "advantages"),
+    "summed reference": (
+        lambda: gvjax.policy_batch(SAMPLED, ROWS, ref_logps=ROWS),
+        "ref_logps",
+    ),
+    "a column of rewards": (
+        lambda: steps.penalised_rewards(
+            ROWS[:, None], TOKENS, TOKENS, KEPT, kl_coef=0.1
+        ),
+        "rewards",
+    ),
+    "one column more": (
+        lambda: steps.penalised_rewards(
+            ROWS, TOKENS, jnp.ones((2, 5)), KEPT, kl_coef=0.1
+        ),
+        "ref_logps",
+    ),
+    "rewards of another batch": (
+        lambda: steps.token_rewards(jnp.ones(1), TOKENS, TOKENS, KEPT, kl_coef=0.1),
+        "rewards",
+    ),
+    "a mask of numbers": (
+        lambda: steps.token_rewards(ROWS, TOKENS, TOKENS, TOKENS, kl_coef=0.1),
+        "mask",
+    ),
+    "integer rewards": (
+        lambda: gvjax.advantages.leave_one_out(jnp.array([1, 2]), 2),
+        "rewards",
+    ),
+    "values of one token less": (
+        lambda: gvjax.advantages.gae(TOKENS, TOKENS[:, 1:], KEPT),
+        "values",
+    ),
+    "logits of the last token": (
+        lambda: gvjax.token_logps(TOKENS, FIRST.tokens),
+        "logits",
+    ),
+    "tokens as floats": (
+        lambda: gvjax.token_logps(jnp.ones((2, 4, V)), TOKENS),
+        "tokens",
+    ),
+    "states of another length": (
+        lambda: gvjax.chunked_token_logps(
+            jnp.ones((2, 2, 3)), jnp.ones((3, V)), FIRST.tokens
+        ),
+        "hidden and tokens",
+    ),
+    "a reference of other rows": (lambda: gvjax.kl_k1(TOKENS, ROWS), "ref_logps"),
+}
+
+
+@pytest.mark.parametrize(("call", "name"), WRONG.values(), ids=WRONG)
+def test_wrong_arrays_are_named(call, name):
+    with pytest.raises(AssertionError, match=rf"arguments? .*{name}"):
+        call()
+
+
+def test_impossible_weights_of_the_kl_are_refused():
+    for rewards_of in (steps.penalised_rewards, steps.token_rewards):
+        with pytest.raises(ValueError, match="kl_coef is -1"):
+            rewards_of(ROWS, TOKENS, TOKENS, KEPT, kl_coef=-1)
 
 
 def test_an_objective_must_leave_its_mean_undivided():
