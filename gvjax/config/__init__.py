@@ -23,6 +23,23 @@ from gvjax.config.base import (
     known,
     marked,
 )
+from gvjax.config.gap import (
+    ControlSection,
+    GapConfig,
+    GoldJudgeSection,
+    HumanJudgeSection,
+    LlmJudgeSection,
+    MarginsSection,
+    PilotSection,
+    RewardModelJudgeSection,
+    SamplesSection,
+    ScorersSection,
+    SquareSection,
+    Trainable,
+    gap_tasks,
+    has_pilot,
+    study_of,
+)
 from gvjax.config.reading import (
     Loader,
     dataclass_from,
@@ -82,29 +99,41 @@ __all__ = [
     "CheckpointSection",
     "ConfigError",
     "ContrastSection",
+    "ControlSection",
     "DpoSection",
     "EvaluationSection",
     "FileName",
+    "GapConfig",
+    "GoldJudgeSection",
+    "HumanJudgeSection",
     "HypoSection",
     "Imported",
+    "LlmJudgeSection",
     "LoggingSection",
+    "MarginsSection",
     "MeshSection",
     "OnlineDpoSection",
     "OptimizerSection",
     "PairsSection",
+    "PilotSection",
     "PolicyGradientSection",
     "PpoSection",
     "RebelSection",
     "Recipe",
     "RejectionSection",
+    "RewardModelJudgeSection",
     "RewardSection",
     "RewardSources",
     "RunConfig",
+    "SamplesSection",
+    "ScorersSection",
     "Section",
     "SftSection",
+    "SquareSection",
     "StudyConfig",
     "TaskSection",
     "TimeoutsSection",
+    "Trainable",
     "Trained",
     "TwinSection",
     "ValidationSection",
@@ -112,22 +141,25 @@ __all__ = [
     "arm_settings",
     "config_hash",
     "dataclass_from",
+    "gap_tasks",
+    "has_pilot",
     "import_object",
     "known",
     "load",
     "marked",
     "reread",
     "resolved",
+    "study_of",
 ]
 
 
 def load(
     path: pathlib.Path | str, overrides: Sequence[str] = ()
-) -> RunConfig | StudyConfig:
+) -> RunConfig | StudyConfig | GapConfig:
     """Reads a config file and applies `a.b=c` overrides.
 
     Args:
-      path: YAML; one with a `study` key is a StudyConfig, else a RunConfig.
+      path: YAML; one with a `study` key is a StudyConfig, one with a `gap` key a GapConfig, else a RunConfig.
       overrides: each `dotted.key=value`, the value read as YAML.
 
     Raises:
@@ -144,7 +176,8 @@ def load(
         raise ConfigError(f"{path} holds no mapping; a config is `key: value` lines")
     for each in overrides:
         override(data, each)
-    kind: type[Section] = StudyConfig if "study" in data else RunConfig
+    kinds = {"study": StudyConfig, "gap": GapConfig}
+    kind = next((kind for key, kind in kinds.items() if key in data), RunConfig)
     try:
         return validate(kind, data, str(path))  # type: ignore[return-value]
     except ValueError as error:

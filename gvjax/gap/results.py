@@ -61,12 +61,16 @@ class CurvePoint:
       gold: mean gold reward on the test prompts.
       kl: nats per sequence, KL(policy ‖ SFT policy).
       length: mean completion tokens.
+      winrate: in [0, 1], over the SFT policy's completions in gold reward; None where not taken.
+      proxy: mean reward under the reward model; None where there is none.
     """
 
     step: int
     gold: float
     kl: float
     length: float
+    winrate: float | None = None
+    proxy: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

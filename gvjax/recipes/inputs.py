@@ -1,9 +1,12 @@
 """What every recipe after SFT is given, the same for all arms of a study."""
 
 import dataclasses
+import functools
 
-from gvjax.recipes.evaluation import evaluate_policy
-from gvjax.recipes.ground import Ground, rows_at
+import numpy as np
+
+from gvjax.recipes.evaluation import PolicyEvaluation, evaluate_policy
+from gvjax.recipes.ground import Ground, reward_all, rows_at, sequences
 from gvjax.recipes.pairs import Pairs
 from gvjax.recipes.rewards import RewardModel
 from gvjax.tasks.task import Prompts, Task
@@ -39,7 +42,28 @@ class Inputs:
     reward_model: RewardModel | None = None
 
     def evaluate(self, params: Params) -> dict[str, float]:
-        """Gold reward, KL to the reference policy and length on the validation prompts."""
+        """The policy on the validation prompts.
+
+        Gold reward, KL to the reference policy, length, winrate in gold reward over the reference policy's completions
+        and, where there is a reward model, its mean reward as `proxy`.
+        """
+        judged = self._judged(params)
+        numbers = judged.summary()
+        wins = np.sign(judged.gold - self._reference_gold)
+        numbers["winrate"] = float((wins.mean() + 1) / 2)
+        if self.reward_model is not None:
+            model = self.reward_model
+            rows = sequences(self.validation, judged.completions, self.ground.pad_id)
+            rewards = reward_all(self.ground, model.pooling, model.params, rows)
+            numbers["proxy"] = float(rewards.mean())
+        return numbers
+
+    @functools.cached_property
+    def _reference_gold(self) -> np.ndarray:
+        """f32[N]: gold rewards of the reference policy's completions, drawn with the same random numbers."""
+        return self._judged(self.reference).gold
+
+    def _judged(self, params: Params) -> PolicyEvaluation:
         return evaluate_policy(
             self.ground,
             self.task,
@@ -48,7 +72,7 @@ class Inputs:
             self.validation,
             seed=self.seed,
             role="validation",
-        ).summary()
+        )
 
     def prompts_at(self, role: str, count: int, step: int) -> Prompts:
         """The training prompts of one step."""
