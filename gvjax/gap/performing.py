@@ -289,12 +289,7 @@ class Scene:
 
     def _from_arm(self, inputs: Inputs, arm: str) -> Inputs:
         """The inputs with the policy that an arm ended with, chosen among its trials on validation prompts."""
-        trials = len(config.arm_settings(self.study.arms[arm]))
-        results = [
-            self.store.result(self.plan.of("trial", self.seed, self.number, arm, trial))
-            for trial in range(trials)
-        ]
-        best = max(range(trials), key=lambda trial: results[trial]["validation"])
+        _, best = self.chosen_trial(arm)
         directory = self.directory("trial", arm=arm, trial=best)
         policy = loop.load_params(directory, self.ground.policy_shapes())
         pairs = inputs.required_pairs()
@@ -305,6 +300,16 @@ class Scene:
             ref_rejected_logps=score_all(self.ground, policy, rejected),
         )
         return dataclasses.replace(inputs, policy=policy, pairs=pairs)
+
+    def chosen_trial(self, arm: str) -> tuple[config.Trained, int]:
+        """The settings of an arm that did best on validation prompts, and their place in its sweep."""
+        tried = config.arm_settings(self.study.arms[arm])
+        results = [
+            self.store.result(self.plan.of("trial", self.seed, self.number, arm, trial))
+            for trial in range(len(tried))
+        ]
+        best = max(range(len(tried)), key=lambda trial: results[trial]["validation"])
+        return tried[best], best
 
     def _judged(self, params: Params) -> dict[str, Any]:
         judged = evaluate_policy(
