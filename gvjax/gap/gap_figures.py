@@ -23,6 +23,22 @@ MARKS = {
 """(colour class, marker shape) of every scorer: no two share both."""
 
 
+SHORT = {
+    "gain by choosing with the verifier": "best of n by the verifier",
+    "gain by choosing with the DPO policy": "best of n by the DPO policy",
+    "its lead over choosing with the DPO policy": "verifier − DPO policy",
+    "gain by choosing with a perfect judge": "best of n by a perfect judge",
+    "verifier's gain at the largest n, less that at the chosen n": "largest n − chosen n",
+    "online policy's lead over the best offline one": "online − best offline",
+    "the same at equal KL to the SFT policy": "the same at equal KL",
+    "head to head, online against the best offline policy": "online against offline",
+    "on-policy completions instead of offline ones": "own − SFT's completions",
+    "gold labels instead of the verifier's": "gold − verifier's labels",
+    "on-policy completions, more with gold labels": "interaction of both",
+}
+"""Names that leave room for the numbers beside them."""
+
+
 def of_task(task: TaskFinding) -> list[Figure]:
     """What was measured without an RL run."""
     made = [_curves(task), _advantage(task), _scorers(task), _choices(task)]
@@ -266,7 +282,13 @@ def decisions(quantities: Sequence[Quantity], margin: float, task: str) -> Figur
         values += [quantity.estimate, *(interval or ()), *(v for v, _ in tips)]
         rows.append(
             figures.Row(
-                quantity.name, css, shape, quantity.estimate, interval, tips, shown
+                _short(quantity.name),
+                css,
+                shape,
+                quantity.estimate,
+                interval,
+                tips,
+                shown,
             )
         )
         data += [
@@ -285,6 +307,11 @@ def decisions(quantities: Sequence[Quantity], margin: float, task: str) -> Figur
         f"Small dots are seeds. What lies within ±{margin:g} was declared too small to matter."
     )
     return Figure(f"What the advice rests on, {task}", caption, svg, tuple(data))
+
+
+def _short(name: str) -> str:
+    name = SHORT.get(name, name.replace("'s lead over ", " − "))
+    return name if len(name) <= 30 else name[:29] + "…"
 
 
 def _interval(estimate: float, interval: tuple[float, float] | None) -> str:
