@@ -277,8 +277,8 @@ class GapConfig(Section):
       scorers, samples: the first tier, which trains no policy by RL.
       pilot: the second tier; null stops after the first, whose advice is then a prediction.
       controls: tasks on which the gap should be closed.
-      sizes: shares, at which networks of a smaller width are measured: as verifier of the policy's samples, and as policy
-        whose samples the verifier chooses among.
+      sizes: changes of `model`, each a network of another size that is measured twice: as the verifier of the policy's
+        samples, and as the policy whose samples the verifier chooses among.
       judge: who compares completions of the pilot's policies with those of the SFT policy.
       judged_prompts: test prompts on which that is done; null takes all.
       margins: see MarginsSection.

@@ -4,14 +4,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from gvjax import config
-from gvjax.gap import planning, scorers, spending
+from gvjax.gap import planning, quantities, scorers, spending
 from gvjax.gap.performing import Scene, scorer_numbers
 from gvjax.gap.planning import Plan
 from gvjax.gap.stages import Report, Stage, Store
-from gvjax.recipes import loop
+from gvjax.recipes import loop, sft
 from gvjax.recipes.ground import (
     Ground,
     cached,
@@ -48,6 +49,17 @@ def check(settings: config.GapConfig) -> None:
     """
     for number in range(len(config.gap_tasks(settings))):
         planning.check_parts(config.study_of(settings, number))
+    for place in range(len(settings.sizes)):
+        try:
+            resized_ground(settings, place)
+        except config.ConfigError as error:
+            raise config.ConfigError(f"sizes.{place}: {error}") from None
+
+
+def resized_ground(settings: config.GapConfig, place: int) -> Ground:
+    """The ground of a network of another size: the config's, with the changes of one entry of `sizes`."""
+    model = {**settings.model, **settings.sizes[place]}
+    return planning.ground_for(config.study_of(settings, model=model))
 
 
 def plan_of(settings: config.GapConfig, code: str) -> GapPlan:
@@ -145,13 +157,43 @@ def _task_plan(settings: config.GapConfig, number: int, code: str) -> Plan:
             for kind in section.trained[:2]:
                 scorer(kind, count, needed)
         add("untrained", seed, "", 0, "gold and null scorers", {}, needed, 1e9)
-        inputs = settings.samples.model_dump(exclude={"quantile", "best_of_n"})
         drawn = settings.samples
+        inputs = drawn.model_dump(exclude={"quantile", "best_of_n"})
         count = (drawn.prompts + drawn.validation_prompts) * (
             drawn.per_prompt + drawn.opponents
         )
-        flops_ = spending.forward_flops(ground, count * length * (2 + len(full)))
-        add("samples", seed, "", 0, "samples", inputs, (*needed, *full), flops_)
+        work = spending.forward_flops(ground, count * length)
+        parents = (*needed, *full)
+        samples = add(
+            "samples", seed, "", 0, "samples", inputs, parents, (2 + len(full)) * work
+        )
+        for place in range(len(settings.sizes) if number == 0 else 0):
+            small = resized_ground(settings, place)
+            inputs = {
+                "model": {**settings.model, **settings.sizes[place]},
+                "task": settings.task.model_dump(),
+                "seed": seed,
+                "settings": settings.sft.model_dump(),
+            }
+            label = f"network {place + 1} of another size"
+            rows = settings.sft.steps * settings.sft.batch_size
+            start = add(
+                "resized_sft",
+                seed,
+                "",
+                place,
+                f"{label}: SFT",
+                inputs,
+                (),
+                3 * spending.forward_flops(small, rows * length),
+            )
+            inputs = section.model_dump(
+                include={"pooling", "learning_rates", "steps", "batch_size", "evaluate_every"}
+            )  # fmt: skip
+            parents = (start, samples, plan.of("reward", seed))
+            add(
+                "resized", seed, "", place, label, inputs, parents, 2 * flops + 4 * work
+            )
     return Plan((*plan.stages, *made), {**plan.by_place, **by_place})
 
 
@@ -198,6 +240,13 @@ class MeasuredScene(Scene):
             return self.do_untrained()
         if kind == "samples":
             return self.do_samples(run)
+        if kind == "resized_sft":
+            small = resized_ground(self.settings, trial)
+            trained = sft.train(self.study.sft, small, self.task, self.seed, run)
+            loop.save_params(run.directory, trained.params)
+            return {}
+        if kind == "resized":
+            return self.do_resized(run, trial)
         return super().do(kind, run, arm=arm, trial=trial)
 
     def do_scorer(self, run: loop.Run, arm: str, trial: int) -> dict[str, Any]:
@@ -283,6 +332,57 @@ class MeasuredScene(Scene):
                 run.directory / f"{which}.npz", allow_pickle=False, **arrays
             )
         return {}
+
+    def do_resized(self, run: loop.Run, place: int) -> dict[str, Any]:
+        """A network of another size as the verifier of the policy's samples, and as the policy that samples.
+
+        Returns:
+          `verifier` and `policy`: [best_of_n], winrate − ½ over the policy's own samples: of the best of n of the policy's
+          samples by a reward model of this size, and of the best of n of this size's samples by the verifier.
+        """
+        section, settings = self.settings.scorers, self.settings.samples
+        small = resized_ground(self.settings, place)
+        directory = self.directory("resized_sft", trial=place)
+        policy = loop.load_params(directory, small.policy_shapes())
+        inputs = self.inputs(ground=small, policy=policy, reference=policy)
+        tries = []
+        for trial, rate in enumerate(section.learning_rates):
+            one = dataclasses.replace(run, directory=run.directory / f"{trial}")
+            kind = section.verifier
+            tries.append(scorers.train(kind, section, inputs, one, learning_rate=rate))
+        best = max(
+            tries, key=lambda t: max(point["log_likelihood"] for point in t.curve)
+        )
+        judge = scorers.trained_scorer(kind, section, small, best.params, policy)
+        prompts = self.test_prompts.take(slice(settings.prompts))
+        most = settings.per_prompt
+        known = self.samples("test")
+        opponents = known["gold"][:, most:]
+
+        def drawn(ground: Ground, params, role: str, count: int):
+            completions = draw(ground, params, prompts, count, self.seed, role)
+            return prompts.repeat(count), completions
+
+        def gains(scores: np.ndarray, gold: np.ndarray, count: int) -> list[float]:
+            shape = (len(prompts), count)
+            wins = quantities.winrates(gold.reshape(shape)[:, :most], opponents)
+            scores = scores.reshape(shape)[:, :most]
+            return quantities.headroom(scores, wins, settings.best_of_n).tolist()
+
+        # The samples that were kept as scores only, drawn again with their random numbers.
+        count = most + settings.opponents
+        ours = drawn(self.ground, self.policy, "samples/test", count)
+        theirs = drawn(small, policy, f"samples/resized {place}", most)
+        verifier = scorers.trained_scorer(
+            kind, section, self.ground, self.reward_model.params, self.policy
+        )
+        return {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(policy)),
+            "verifier": gains(judge.score(*ours), known["gold"], count),
+            "policy": gains(
+                verifier.score(*theirs), np.asarray(self.task.reward(*theirs)), most
+            ),
+        }
 
     def samples(self, which: str) -> dict[str, np.ndarray]:
         """[prompts, per_prompt + opponents] of gold, lengths and scores by name, and `optimum` [prompts]."""

@@ -134,7 +134,6 @@ _SHOWING = (
     "findings",
     "gap_figures",
     "gap_report",
-    "quantities",
     "report",
     "weighing",
 )

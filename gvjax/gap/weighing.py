@@ -129,6 +129,8 @@ def _task(
     numbers: dict[str, _Number] = {}
     found, curves, multiplier = _likelihoods(settings, scenes, numbers)
     choices, chosen_n = _samples(settings, scenes, numbers)
+    if number == 0:
+        _sizes(settings, scenes, chosen_n, numbers)
     pilot = pilot_results(settings, plan, store, number)
     onsets: dict[str, SeedValues] = {}
     judged: Judged | None = None
@@ -370,6 +372,30 @@ def _samples(
         for name in names
     )
     return curves, sizes[at]
+
+
+def _sizes(
+    settings: config.GapConfig,
+    scenes: Sequence[MeasuredScene],
+    chosen_n: int,
+    numbers: dict[str, _Number],
+) -> None:
+    """Q10: whether it is the verifier or the policy that may be of another size."""
+    at = settings.samples.best_of_n.index(chosen_n)
+    full = list(numbers[HEADROOM].values.values())
+    for place in range(len(settings.sizes)):
+        results = [
+            scene.store.result(scene.plan.of("resized", scene.seed, 0, "", place))
+            for scene in scenes
+        ]
+        size = f"{results[0]['parameters'] / 1e3:.3g}k parameters"
+        for role in ("verifier", "policy"):
+            change = [r[role][at] - (f or 0.0) for r, f in zip(results, full)]
+            name = f"{role} of {size} instead"
+            unit = f"winrate, n = {chosen_n}"
+            _add_seeds(
+                settings, numbers, "Q10", name, unit, change, settings.margins.winrate
+            )
 
 
 def _article(name: str) -> str:

@@ -74,10 +74,11 @@ TOY = {
             "RLOO": {"road": "online", "settings": RLOO},
         },
     },
+    "sizes": [{"embed_dim": 8}],
     "workers": 1,
 }
-# A seed: SFT, pairs, five scorers, the verifier's choice, gold and nulls, samples, three arms.
-STAGES = 2 * (1 + 1 + 5 + 1 + 1 + 1 + 3)
+# A seed: SFT, pairs, five scorers, the verifier's choice, gold and nulls, samples, a smaller network, three arms.
+STAGES = 2 * (1 + 1 + 5 + 1 + 1 + 1 + 2 + 3)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_everything_that_was_asked_for_is_in_json_and_page(where, measured):
     for quantity in task.quantities:
         assert list(quantity.seeds) == ["1", "2"], quantity.name
     keys = {quantity.key for quantity in task.quantities}
-    assert keys == {"Q1", "Q4", "Q5", "Q6", "Q9", "Q3"}
+    assert keys == {"Q1", "Q3", "Q4", "Q5", "Q6", "Q9", "Q10"}
     assert {s.name for s in task.scorers} == {
         "gold",
         "own log-probability",
