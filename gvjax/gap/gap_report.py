@@ -112,6 +112,8 @@ def _task_context(findings: GapFindings, task: TaskFinding) -> dict[str, Any]:
     if task.pilot is not None:
         result = task.pilot.tasks[0]
         pilot = report.task_context(result)
+        # The scorers stand above, all of them.
+        pilot["figures"] = [f for f in pilot["figures"] if "Scorers" not in f.title]
         pilot["forest"] = report.forests(task.pilot)[0][1]
         pilot["over"] = gap_figures.over_optimisation(result, task.onsets)
         pilot["square"] = _square(findings, task)

@@ -245,7 +245,8 @@ def _likelihoods(
         add("Q1", "shuffled reward model's lead over chance", "nats per pair", null, nats)  # fmt: skip
     for probe in ("global reward model", "local reward model", "frozen features"):
         if probe != verifier and probe in section.trained:
-            name = f"{probe}'s lead over the DPO policy"
+            whose = "a head on frozen features" if probe == "frozen features" else probe
+            name = f"{whose}, lead over the DPO policy"
             add("Q3", name, "nats per pair", lead(probe, policy, sizes[-1]), nats)
     if "paraphrased" in margins[policy][0]:
         drops = [
