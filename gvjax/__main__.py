@@ -1,4 +1,4 @@
-"""The command line: `gvjax compare`, `run`, `sample`, `eval`, `export`, `import`, `data`, `verify`."""
+"""The command line: `gvjax gap`, `compare`, `run`, `sample`, `eval`, `export`, `import`, `data`, `verify`."""
 
 import argparse
 import logging
@@ -14,6 +14,7 @@ OK, FAILED, CONFIG_ERROR, CRASHED, PREEMPTED = 0, 1, 64, 70, 85
 _DESCRIPTION = """\
 gvjax takes one preference dataset down both roads of fine-tuning and says, with error bars, which road pays.
 
+  gvjax gap configs/gap/quickstart.yaml      is checking easier than doing on this task? which road to take
   gvjax compare configs/quickstart.yaml      both roads on one task, several seeds, one report
   gvjax run configs/tour/sft.yaml seed=3     one recipe
   gvjax verify                               prove the losses and the theory on this machine
@@ -154,6 +155,16 @@ def _parser() -> argparse.ArgumentParser:
         "command; an edited one re-uses every stage that the edit does not touch.",
     )
     overrides(compare, "compare")
+    gap = verb(
+        "gap",
+        "measure the generation-verification gap of a task and advise",
+        "First tier, without RL: trains reward models, a DPO policy and null scorers on the same pairs with the same tuning\n"
+        "budget, holds their likelihoods, data needs and best-of-n choices against each other. Second tier, where the config\n"
+        "has a `pilot`: takes both roads. Writes gap.json and gap.html to run_dir, verdict first, never more strongly than\n"
+        "the intervals allow. Resumes and re-uses stages as `compare` does; where people are the judge it leaves with code 85\n"
+        "until their sheets are filled in.",
+    )
+    overrides(gap, "gap")
     run = verb(
         "run",
         "run one recipe",

@@ -20,7 +20,10 @@ from gvjax import config, distributed
 from gvjax.checkpoint import CheckpointError
 from gvjax.gap import statistics
 from gvjax.gap.compare import compare as compare_roads
+from gvjax.gap.gap import measure
+from gvjax.gap.judging import LabelsWanted
 from gvjax.gap.stages import BusyError, StageError
+from gvjax.judges.llm import JudgeError
 from gvjax.judges.verifier import VerifierError
 from gvjax.recipes import reward, single
 from gvjax.recipes.checks import SelfCheckError
@@ -31,6 +34,7 @@ from gvjax.recipes.loop import NonFiniteError, PreemptedError
 EXPECTED = (
     BusyError,
     CheckpointError,
+    JudgeError,
     NonFiniteError,
     SelfCheckError,
     StageError,
@@ -43,10 +47,22 @@ def compare(arguments: argparse.Namespace) -> int:
     """Both roads on one task."""
     settings = config.load(arguments.config, arguments.overrides)
     if not isinstance(settings, config.StudyConfig):
-        raise config.ConfigError(
-            f"{arguments.config} describes one recipe; run it with `gvjax run`"
-        )
+        raise _other_verb(arguments.config, settings)
     compare_roads(settings, Console())
+    return 0
+
+
+def gap(arguments: argparse.Namespace) -> int:
+    """The generation–verification gap of one task, with advice."""
+    settings = config.load(arguments.config, arguments.overrides)
+    if not isinstance(settings, config.GapConfig):
+        raise _other_verb(arguments.config, settings)
+    console = Console()
+    try:
+        measure(settings, console)
+    except LabelsWanted as wanted:
+        console.print(str(wanted), highlight=False)
+        return distributed.ExitCode.PREEMPTED
     return 0
 
 
@@ -54,9 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     """One recipe, by as many processes as the environment promises."""
     settings = config.load(arguments.config, arguments.overrides)
     if not isinstance(settings, config.RunConfig):
-        raise config.ConfigError(
-            f"{arguments.config} describes a study; run it with `gvjax compare`"
-        )
+        raise _other_verb(arguments.config, settings)
     # Only now: a wrong config needs no device, and no other process.
     distributed.initialize(
         heartbeat_timeout_s=settings.timeouts.heartbeat,
@@ -103,6 +117,16 @@ def run(arguments: argparse.Namespace) -> int:
     console.print("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
     console.print(f"kept in {settings.run_dir}", highlight=False)
     return 0
+
+
+def _other_verb(path: str, settings: config.Section) -> config.ConfigError:
+    """What to say of a config that another command runs."""
+    what, verb = "one recipe", "run"
+    if isinstance(settings, config.StudyConfig):
+        what, verb = "a study", "compare"
+    elif isinstance(settings, config.GapConfig):
+        what, verb = "a measurement of the gap", "gap"
+    return config.ConfigError(f"{path} describes {what}; run it with `gvjax {verb}`")
 
 
 def sample(arguments: argparse.Namespace) -> int:

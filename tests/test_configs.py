@@ -13,7 +13,7 @@ import yaml
 from model_folder import write_model_folder
 
 from gvjax import config, sharding
-from gvjax.gap import planning
+from gvjax.gap import measurement, planning
 from gvjax.models import heads, hf, transformer
 from gvjax.models.transformer import ModelConfig
 from gvjax.recipes import single
@@ -153,13 +153,18 @@ def test_loads_plans_and_says_how_to_run_it(path, monkeypatch, elsewhere, tmp_pa
         (tmp_path / "local.yaml").write_text(yaml.safe_dump(few))
         settings = config.load(tmp_path / "local.yaml")
     head = path.read_text().partition("\ntask:")[0]
-    verb = "compare" if isinstance(settings, config.StudyConfig) else "run"
+    verbs = {config.StudyConfig: "compare", config.GapConfig: "gap"}
+    verb = verbs.get(type(settings), "run")
     name = path.relative_to(ROOT.parent).as_posix()
     assert f"#   command    gvjax {verb} {name}" in head
     assert "#   hardware" in head
     if isinstance(settings, config.StudyConfig):
         planning.check(settings)
         stages = planning.plan_of(settings, "code").stages
+        assert len({stage.key for stage in stages}) == len(stages)
+    elif isinstance(settings, config.GapConfig):
+        measurement.check(settings)
+        stages = measurement.plan_of(settings, "code").stages
         assert len({stage.key for stage in stages}) == len(stages)
     else:
         task = single.task_of(settings.task, settings.seed)

@@ -242,3 +242,23 @@ def test_names_and_sizes(task):
     assert 0 <= task.pad_id < task.vocab_size
     assert task.pad_id != task.eos_id
     assert task.eos_id is None or 0 <= task.eos_id < task.vocab_size
+
+
+def test_paraphrases_change_tokens_and_keep_the_gold_reward(task):
+    paraphrase = getattr(task, "paraphrase", None)
+    if paraphrase is None:
+        pytest.skip("this task defines none")
+    rng = np.random.default_rng(0)
+    prompts = task.prompts(rng, 300, "train")
+    before = task.demonstrations(rng, prompts)
+    # Unknown ids and early ends too.
+    before.tokens[::7, -1] = task.pad_id
+    before.lengths[::5] -= 1
+    kept = before.tokens.copy()
+    after = paraphrase(rng, prompts, before)
+    np.testing.assert_array_equal(before.tokens, kept)
+    np.testing.assert_array_equal(after.lengths, before.lengths)
+    np.testing.assert_array_equal(
+        task.reward(prompts, after), task.reward(prompts, before)
+    )
+    assert (after.tokens != before.tokens).any(axis=1).mean() > 0.05

@@ -23,6 +23,23 @@ from gvjax.config.base import (
     known,
     marked,
 )
+from gvjax.config.gap import (
+    ControlSection,
+    GapConfig,
+    GoldJudgeSection,
+    HumanJudgeSection,
+    LlmJudgeSection,
+    MarginsSection,
+    PilotSection,
+    RewardModelJudgeSection,
+    SamplesSection,
+    ScorersSection,
+    SquareSection,
+    Trainable,
+    gap_tasks,
+    has_pilot,
+    study_of,
+)
 from gvjax.config.reading import (
     Loader,
     dataclass_from,
@@ -88,32 +105,44 @@ __all__ = [
     "CheckpointSection",
     "ConfigError",
     "ContrastSection",
+    "ControlSection",
     "DatasetSection",
     "DpoSection",
     "EvaluationSection",
     "FileName",
+    "GapConfig",
+    "GoldJudgeSection",
+    "HumanJudgeSection",
     "HypoSection",
     "Imported",
+    "LlmJudgeSection",
     "LoggingSection",
     "LoraSection",
+    "MarginsSection",
     "MeshSection",
     "OnlineDpoSection",
     "OptimizerSection",
     "PairsSection",
+    "PilotSection",
     "PolicyGradientSection",
     "PpoSection",
     "RebelSection",
     "Recipe",
     "RejectionSection",
+    "RewardModelJudgeSection",
     "RewardSection",
     "RewardSources",
     "RowsSection",
     "RunConfig",
+    "SamplesSection",
+    "ScorersSection",
     "Section",
     "SftSection",
+    "SquareSection",
     "StudyConfig",
     "TaskSection",
     "TimeoutsSection",
+    "Trainable",
     "Trained",
     "TwinSection",
     "ValidationSection",
@@ -121,22 +150,25 @@ __all__ = [
     "arm_settings",
     "config_hash",
     "dataclass_from",
+    "gap_tasks",
+    "has_pilot",
     "import_object",
     "known",
     "load",
     "marked",
     "reread",
     "resolved",
+    "study_of",
 ]
 
 
 def load(
     path: pathlib.Path | str, overrides: Sequence[str] = ()
-) -> RunConfig | StudyConfig:
+) -> RunConfig | StudyConfig | GapConfig:
     """Reads a config file and applies `a.b=c` overrides.
 
     Args:
-      path: YAML; one with a `study` key is a StudyConfig, else a RunConfig.
+      path: YAML; one with a `study` key is a StudyConfig, one with a `gap` key a GapConfig, else a RunConfig.
       overrides: each `dotted.key=value`, the value read as YAML.
 
     Raises:
@@ -154,7 +186,10 @@ def load(
     for each in overrides:
         override(data, each)
     data = with_tokenizer(data)
-    kind: type[Section] = StudyConfig if "study" in data else RunConfig
+    kinds = {"study": StudyConfig, "gap": GapConfig}
+    kind: type[Section] = next(
+        (kind for key, kind in kinds.items() if key in data), RunConfig
+    )
     try:
         return validate(kind, data, str(path))  # type: ignore[return-value]
     except ValueError as error:

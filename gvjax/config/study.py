@@ -29,8 +29,8 @@ class ArmSection(Section):
       settings: the recipe and its fields.
       sweep: overrides of `settings`, each tried; null tries `settings` alone. The best on validation prompts is kept.
       select: `best` keeps the checkpoint with the best gold reward on validation prompts, `last` the last one.
-      data: what an offline arm learns from: the `pairs`, or the pairs `augmented` by further samples of the SFT
-        policy that the reward model labels.
+      data: what an offline arm learns from: the `pairs`; the pairs `augmented` by further samples of the SFT policy that
+        the reward model labels; or the pairs `relabelled` by the reward model.
       start: the arm whose policy it starts from; `sft` is the SFT policy.
     """
 
@@ -38,7 +38,7 @@ class ArmSection(Section):
     settings: Annotated[Trained, Field(discriminator="recipe")]
     sweep: tuple[dict[str, Any], ...] | None = None
     select: Literal["best", "last"] = "last"
-    data: Literal["pairs", "augmented"] = "pairs"
+    data: Literal["pairs", "augmented", "relabelled"] = "pairs"
     start: str = "sft"
 
 
@@ -139,7 +139,8 @@ class StudyConfig(Section):
             refuse_unused(self, [("augmentation", why)], info)
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat; use different ones")
-        if not any(arm.road == "offline" for arm in self.arms.values()):
+        # Without any arm it is the ground of a measurement that takes no road.
+        if self.arms and not any(arm.road == "offline" for arm in self.arms.values()):
             raise ValueError("no arm takes the offline road; a comparison needs one")
         for name, arm in self.arms.items():
             if name in ("sft", BEST_OFFLINE):
@@ -159,9 +160,9 @@ class StudyConfig(Section):
                         f"arms.{name}.start is {arm.start}, which itself starts from an arm; start from sft or from"
                         " an arm that does"
                     )
-            if arm.data == "augmented" and arm.settings.recipe != "dpo":
+            if arm.data != "pairs" and arm.settings.recipe != "dpo":
                 raise ValueError(
-                    f"arms.{name}.data is augmented, which only the dpo recipe reads; use data: pairs"
+                    f"arms.{name}.data is {arm.data}, which only the dpo recipe reads; use data: pairs"
                 )
             arm_settings(arm)
         arms_on = {self.task.name: list(self.arms)}

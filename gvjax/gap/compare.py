@@ -1,33 +1,14 @@
 """`gvjax compare`: does what a study lacks, shows how far it is, and writes the report."""
 
 import functools
-import logging
-import os
 import pathlib
-from collections.abc import Mapping
 
-import jax
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from gvjax import config
-from gvjax.gap import gathering, performing, planning, report
+from gvjax.gap import gathering, performing, planning, progress, report
 from gvjax.gap.results import StudyResults
-from gvjax.gap.stages import (
-    Stage,
-    Store,
-    code_fingerprint,
-    run_stages,
-    share_compiled_programs,
-)
-
-logger = logging.getLogger(__name__)
+from gvjax.gap.stages import Store, code_fingerprint, share_compiled_programs
 
 
 def compare(settings: config.StudyConfig, console: Console) -> StudyResults:
@@ -45,23 +26,15 @@ def compare(settings: config.StudyConfig, console: Console) -> StudyResults:
       BusyError: another process works in the run directory.
     """
     planning.check(settings)
-    workers = _workers(settings)
+    progress.processes(settings)
     directory = pathlib.Path(settings.run_dir)
     store = Store(directory / "stages")
     with store.held():
         store.started()
         share_compiled_programs(store)
         plan = planning.plan_of(settings, code_fingerprint())
-        frozen = directory / f"config-{config.config_hash(settings)}.json"
-        frozen.write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        with _Watch(console, plan.stages, workers) as watch:
-            run_stages(
-                plan.stages,
-                store,
-                functools.partial(performing.perform, settings),
-                workers=workers,
-                watch=watch,
-            )
+        perform = functools.partial(performing.perform, settings)
+        progress.do_all(settings, plan.stages, store, perform, console)
         results = gathering.gather(settings, plan, store)
         results.save(directory / "results.json")
         report.render(results, directory / "report.html")
@@ -69,73 +42,3 @@ def compare(settings: config.StudyConfig, console: Console) -> StudyResults:
     console.print(f"report:  {directory / 'report.html'}")
     console.print(f"numbers: {directory / 'results.json'}")
     return results
-
-
-def _workers(settings: config.StudyConfig) -> int:
-    """One process a core on a CPU; one in all on accelerators, whose memory cannot be shared out."""
-    if jax.default_backend() != "cpu":
-        if settings.workers > 1:
-            raise config.ConfigError(
-                f"workers is {settings.workers}, but processes cannot share {jax.devices()[0].device_kind}; use 1"
-            )
-        return 1
-    if settings.workers:
-        return settings.workers
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-class _Watch:
-    """The progress bar on a terminal; elsewhere a line for every stage."""
-
-    def __init__(self, console: Console, stages: tuple[Stage, ...], workers: int):
-        self._console = console
-        self._workers = workers
-        self._shares = dict.fromkeys((stage.key for stage in stages), 0.0)
-        self._costs = {stage.key: stage.cost for stage in stages}
-        self._kept = 0
-        self._finished = 0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> "_Watch":
-        self._bar.start()
-        processes = "process" if self._workers == 1 else "processes"
-        self._console.print(f"{len(self._shares)} stages, {self._workers} {processes}")
-        self._task = self._bar.add_task("starting", total=sum(self._costs.values()))
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.stop()
-        if self._kept:
-            self._console.print(
-                f"{self._kept} of {len(self._shares)} stages were done before and were kept"
-            )
-
-    def __call__(
-        self, stage: Stage, what: str, share: float, shown: Mapping[str, float]
-    ) -> None:
-        self._shares[stage.key] = share
-        if what == "kept":
-            self._kept += 1
-        numbers = "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
-        done = sum(share * self._costs[key] for key, share in self._shares.items())
-        self._bar.update(
-            self._task, completed=done, description=f"{stage.label}  {numbers}"[:70]
-        )
-        if what == "done":
-            self._finished += 1
-            if not self._console.is_terminal:
-                total = sum(self._costs.values())
-                self._console.print(
-                    f"{done / total:4.0%}  {stage.label}", highlight=False
-                )

@@ -115,7 +115,7 @@ def _gather_task(
             seeds.append(
                 _seed_result(seed, trials[best], setting=setting, ledger=ledger)
             )
-        road = "relabelled" if arm.data == "augmented" else arm.road
+        road = arm.road if arm.data == "pairs" else "relabelled"
         gathered.append(ArmResult(name, road, tuple(seeds), _describe(arm)))
     for seed in study.seeds:
         scorers["reward model"].append(_scorer_seed(seed, result("reward", seed)))
@@ -191,7 +191,14 @@ def _seed_result(
         step=found.get("round", 0),
         setting=setting or {},
         curve=tuple(
-            CurvePoint(int(p["round"]), p["gold"], p["kl"], p["length"])
+            CurvePoint(
+                int(p["round"]),
+                p["gold"],
+                p["kl"],
+                p["length"],
+                p.get("winrate"),
+                p.get("proxy"),
+            )
             for p in found.get("curve", ())
         ),
         ledger=ledger or Ledger(),
@@ -212,7 +219,7 @@ def _scorer_seed(seed: int, found: Mapping[str, Any]) -> ScorerSeed:
 
 def _uses_reward_model(arm: config.ArmSection, settings: config.Section) -> bool:
     rewards = getattr(settings, "rewards", None)
-    return arm.data == "augmented" or (rewards is not None and rewards.reward_model > 0)
+    return arm.data != "pairs" or (rewards is not None and rewards.reward_model > 0)
 
 
 def _differences(settings: config.Section, arm: config.ArmSection) -> dict[str, Any]:
@@ -241,11 +248,11 @@ def _describe(arm: config.ArmSection) -> str:
     what = arm.settings.recipe.replace("_", " ")
     if isinstance(arm.settings, config.PolicyGradientSection):
         what = arm.settings.algorithm
-    data = (
-        ", on the pairs and samples that the reward model ranked"
-        if arm.data == "augmented"
-        else ""
-    )
+    data = {
+        "pairs": "",
+        "augmented": ", on the pairs and samples that the reward model ranked",
+        "relabelled": ", on the pairs' completions as the reward model labels them",
+    }[arm.data]
     start = "" if arm.start == "sft" else f", from {arm.start}"
     sweep = f"; best of {tried} settings on validation gold" if tried > 1 else ""
     kept = (

@@ -56,18 +56,7 @@ def perform(
     run = loop.Run(
         store.directory(stage), {"stage": stage.key}, study.logging, progress=report
     )
-    kind = stage.kind
-    if kind == "sft":
-        return scene.do_sft(run)
-    if kind == "pairs":
-        return scene.do_pairs(run)
-    if kind == "reward":
-        return scene.do_reward(run)
-    if kind == "augmented":
-        return scene.do_augmented(run)
-    if kind == "curves":
-        return scene.do_curves()
-    return scene.do_trial(run, arm=arm, trial=trial)
+    return scene.do(stage.kind, run, arm=arm, trial=trial)
 
 
 @cached
@@ -140,6 +129,22 @@ class Scene:
         }
         return Inputs(**{**fields, **more})
 
+    def do(
+        self, kind: str, run: loop.Run, *, arm: str, trial: int
+    ) -> Mapping[str, Any]:
+        """One stage of this seed and task."""
+        if kind == "sft":
+            return self.do_sft(run)
+        if kind == "pairs":
+            return self.do_pairs(run)
+        if kind == "reward":
+            return self.do_reward(run)
+        if kind == "augmented":
+            return self.do_augmented(run)
+        if kind == "curves":
+            return self.do_curves()
+        return self.do_trial(run, arm=arm, trial=trial)
+
     def do_sft(self, run: loop.Run) -> dict[str, Any]:
         trained = sft.train(self.study.sft, self.ground, self.task, self.seed, run)
         loop.save_params(run.directory, self.ground.merged(trained.params))
@@ -176,7 +181,7 @@ class Scene:
         return {
             "round": trained.round,
             "curve": trained.curve,
-            "scorer": _scorer(margins, test, fit_scale=False),
+            "scorer": scorer_numbers(margins, test, fit_scale=False),
         }
 
     def do_augmented(self, run: loop.Run) -> dict[str, Any]:
@@ -240,6 +245,10 @@ class Scene:
             inputs = dataclasses.replace(
                 inputs, pairs=joined(inputs.required_pairs(), more)
             )
+        if section.data == "relabelled":
+            inputs = dataclasses.replace(
+                inputs, pairs=self._relabelled(inputs.required_pairs())
+            )
         if section.start != "sft":
             inputs = self._from_arm(inputs, section.start)
         if isinstance(settings, config.BestOfNSection):
@@ -266,17 +275,19 @@ class Scene:
         if section.road == "offline":
             test = self.pairs("test")
             margins = implicit_margins(self.ground, trained.params, test)
-            result["scorer"] = _scorer(margins, test, fit_scale=True)
+            result["scorer"] = scorer_numbers(margins, test, fit_scale=True)
         return result
+
+    def _relabelled(self, pairs: Pairs) -> Pairs:
+        """The same completions, labelled by the reward model instead of the gold judge."""
+        margins = reward.reward_margins(
+            self.ground, self.study.reward, self.reward_model.params, pairs
+        )
+        return pairs.swapped(margins < 0)
 
     def _from_arm(self, inputs: Inputs, arm: str) -> Inputs:
         """The inputs with the policy that an arm ended with, chosen among its trials on validation prompts."""
-        trials = len(config.arm_settings(self.study.arms[arm]))
-        results = [
-            self.store.result(self.plan.of("trial", self.seed, self.number, arm, trial))
-            for trial in range(trials)
-        ]
-        best = max(range(trials), key=lambda trial: results[trial]["validation"])
+        _, best = self.chosen_trial(arm)
         directory = self.directory("trial", arm=arm, trial=best)
         policy = loop.load_params(directory, self.ground.policy_shapes())
         pairs = inputs.required_pairs()
@@ -287,6 +298,16 @@ class Scene:
             ref_rejected_logps=score_all(self.ground, policy, rejected),
         )
         return dataclasses.replace(inputs, policy=policy, pairs=pairs)
+
+    def chosen_trial(self, arm: str) -> tuple[config.Trained, int]:
+        """The settings of an arm that did best on validation prompts, and their place in its sweep."""
+        tried = config.arm_settings(self.study.arms[arm])
+        results = [
+            self.store.result(self.plan.of("trial", self.seed, self.number, arm, trial))
+            for trial in range(len(tried))
+        ]
+        best = max(range(len(tried)), key=lambda trial: results[trial]["validation"])
+        return tried[best], best
 
     def _judged(self, params: Params) -> dict[str, Any]:
         judged = evaluate_policy(
@@ -321,7 +342,10 @@ def _shown(task: Task, rows, row: int) -> str:
     return task.decode(rows.tokens[row][: rows.lengths[row]])
 
 
-def _scorer(margins: np.ndarray, pairs: Pairs, *, fit_scale: bool) -> dict[str, Any]:
+def scorer_numbers(
+    margins: np.ndarray, pairs: Pairs, *, fit_scale: bool
+) -> dict[str, Any]:
+    """How well a scorer's margins predict the labels of pairs, as JSON; see `evaluate_margins`."""
     gold = pairs.chosen_gold - pairs.rejected_gold
     found = evaluate_margins(margins, gold, fit_scale=fit_scale)
     scaled = found.scale * np.asarray(margins, np.float64)

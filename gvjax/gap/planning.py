@@ -6,7 +6,7 @@ prompts and the random numbers of evaluation.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gvjax import config
@@ -22,6 +22,9 @@ from gvjax.recipes.ground import (
     task_of,
 )
 from gvjax.tasks.task import Task
+
+Candidates = Callable[[Stage, Stage], Sequence[Stage]]
+"""`(SFT stage, pairs stage) -> stages among which the reward model is chosen`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +61,17 @@ def check(study: config.StudyConfig) -> None:
     """Refuses what a stage would fail on later, before anything is compiled.
 
     Raises:
-      ConfigError: a task, the network, a twin, a loss, a verifier or a size does not fit.
+      ConfigError: there is no arm, or a task, the network, a twin, a loss, a verifier or a size does not fit.
     """
+    if not study.arms:
+        raise config.ConfigError(
+            "arms: no arm takes the offline road; a comparison needs one"
+        )
+    check_parts(study)
+
+
+def check_parts(study: config.StudyConfig) -> None:
+    """The same, of a study that need not have arms."""
     ground = ground_for(study)
     single.check(study.sft, ground)
     single.check(study.reward, ground)
@@ -114,12 +126,15 @@ def ground_for(study: config.StudyConfig) -> Ground:
     return grounds[0]
 
 
-def plan_of(study: config.StudyConfig, code: str) -> Plan:
+def plan_of(
+    study: config.StudyConfig, code: str, candidates: Candidates | None = None
+) -> Plan:
     """Every stage of a study, in an order in which they can be done.
 
     Args:
       study: the study.
       code: fingerprint of the code that will do it, as the process that leads the study sees it.
+      candidates: makes the stages that the reward stage chooses among, instead of training; they are not in the plan.
     """
     ground = ground_for(study)
     stages: list[Stage] = []
@@ -168,6 +183,7 @@ def plan_of(study: config.StudyConfig, code: str) -> Plan:
             pairs = add("pairs", seed, task, "", 0, "pairs", inputs, (start,), few)
             inputs = {"settings": study.reward.model_dump()}
             needed = (start, pairs)
+            chosen_among = tuple(candidates(start, pairs)) if candidates else ()
             verifier = add(
                 "reward",
                 seed,
@@ -176,8 +192,8 @@ def plan_of(study: config.StudyConfig, code: str) -> Plan:
                 0,
                 "reward model",
                 inputs,
-                needed,
-                cost(study.reward),
+                (*needed, *chosen_among),
+                0.0 if chosen_among else cost(study.reward),
             )
             arms = arms_of(study, task)
             extra: tuple[Stage, ...] = ()

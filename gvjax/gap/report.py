@@ -25,6 +25,7 @@ from gvjax.gap.results import (
     Outcome,
     StudyResults,
     TaskResult,
+    write_whole,
 )
 from gvjax.gap.statistics import Estimate
 
@@ -48,27 +49,17 @@ def render(results: StudyResults, path: str | pathlib.Path) -> None:
       results: of the study; its outcomes are computed anew.
       path: of the page to write, in one piece.
     """
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page(results), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, page(results))
 
 
 def page(results: StudyResults) -> str:
     """The report's HTML."""
     results = contrasts.analyse(results)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gvjax.gap"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
+    return template("report.html").render(
         results=results,
         verdict=contrasts.verdict(results),
-        tasks=[_task_context(task) for task in results.tasks],
-        twins=_forests(results),
+        tasks=[task_context(task) for task in results.tasks],
+        twins=forests(results),
         has_offline=any(
             arm.road == "offline" for task in results.tasks for arm in task.arms
         ),
@@ -81,6 +72,18 @@ def page(results: StudyResults) -> str:
         roads=ROADS,
         roles=ROLES,
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """A page's template; a name that it lacks is an error, and values are escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gvjax.gap"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def terminal_table(results: StudyResults) -> Group:
@@ -137,7 +140,8 @@ def terminal_table(results: StudyResults) -> Group:
     return Group(*parts)
 
 
-def _task_context(task: TaskResult) -> dict[str, Any]:
+def task_context(task: TaskResult) -> dict[str, Any]:
+    """What a page shows of one task: arms, figures, samples and ledger."""
     arms = _by_road(task.arms)
     shown = [arm.name for arm in arms]
     samples = [
@@ -313,7 +317,7 @@ def _mark(task: TaskResult, arm: ArmResult) -> tuple[str, str]:
     return f"road-{arm.road}", figures.SHAPES[place % len(figures.SHAPES)]
 
 
-def _forests(results: StudyResults) -> list[tuple[TaskResult, Figure]]:
+def forests(results: StudyResults) -> list[tuple[TaskResult, Figure]]:
     """Every arm's difference to the best offline one, one figure per task over one common range."""
     found = []
     for task in results.tasks:

@@ -19,6 +19,7 @@ VERSION = 1
 
 Road = Literal["start", "offline", "relabelled", "online", "selection"]
 Scalar = str | float | int | bool | None
+R = typing.TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +62,16 @@ class CurvePoint:
       gold: mean gold reward on the test prompts.
       kl: nats per sequence, KL(policy ‖ SFT policy).
       length: mean completion tokens.
+      winrate: in [0, 1], over the SFT policy's completions in gold reward; None where not taken.
+      proxy: mean reward under the reward model; None where there is none.
     """
 
     step: int
     gold: float
     kl: float
     length: float
+    winrate: float | None = None
+    proxy: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,7 +375,7 @@ class StudyResults:
 
     def to_json(self) -> str:
         """The results as JSON text. Numbers that are not finite become the strings "nan", "inf" and "-inf"."""
-        return json.dumps({"version": VERSION, **_encode(self)}, indent=1) + "\n"
+        return to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> "StudyResults":
@@ -379,28 +384,47 @@ class StudyResults:
         Raises:
           ValueError: the text is not what `to_json` writes; the message names the place.
         """
-        value = json.loads(text)
-        if not isinstance(value, dict) or "version" not in value:
-            raise ValueError("not a results file: it has no 'version' field")
-        version = value.pop("version")
-        if version != VERSION:
-            raise ValueError(
-                f"results file has version {version!r}, this gvjax reads {VERSION}; "
-                "read it with the gvjax named in its 'versions' field"
-            )
-        return _decode(cls, value, "results")
+        return from_json(cls, text)
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes `to_json` to a file, in one piece: a reader never sees half of it."""
-        path = pathlib.Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "StudyResults":
         """Reads what `save` wrote."""
         return cls.from_json(pathlib.Path(path).read_text(encoding="utf-8"))
+
+
+def to_json(results: Any) -> str:
+    """Results of any kind as JSON text, the version of the layout first."""
+    return json.dumps({"version": VERSION, **_encode(results)}, indent=1) + "\n"
+
+
+def from_json(kind: type[R], text: str) -> R:
+    """Results of a kind from what `to_json` wrote.
+
+    Raises:
+      ValueError: the text is something else; the message names the place.
+    """
+    value = json.loads(text)
+    if not isinstance(value, dict) or "version" not in value:
+        raise ValueError("not a results file: it has no 'version' field")
+    version = value.pop("version")
+    if version != VERSION:
+        raise ValueError(
+            f"results file has version {version!r}, this gvjax reads {VERSION}; "
+            "read it with the gvjax named in its 'versions' field"
+        )
+    return _decode(kind, value, "results")
+
+
+def write_whole(path: str | pathlib.Path, text: str) -> None:
+    """Writes a file in one piece: a reader never sees half of it."""
+    path = pathlib.Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def _near_miss(name: str, names: typing.Iterable[str]) -> str:

@@ -68,7 +68,7 @@ def self_consistency(
     _same_length("a_first", a_first, "b_first", b_first)
     first = (a_first + 1 - b_first) / 2
     return SelfConsistency(
-        _share(a_first == b_first, level), _mean(first, level), a_first.size
+        _share(a_first == b_first, level), mean(first, level), a_first.size
     )
 
 
@@ -119,7 +119,7 @@ def length_effect(
       https://doi.org/10.1002/(SICI)1099-1255(199611)11:6<619::AID-JAE418>3.0.CO;2-1, on shares as outcomes.
     """
     y, x, scale = _regression_inputs(scores, length_differences, scale)
-    raw = _mean(y, level)
+    raw = mean(y, level)
     try:
         (alpha, beta), influence = _logistic(y, x)
     except _NoFit as no_fit:
@@ -296,8 +296,8 @@ def prediction_powered_winrate(
     half = _quantile(level) * math.sqrt(float(variance))
     return CorrectedWinrate(
         Measured(value, value - half, value + half),
-        _mean(y, level),
-        _mean(np.concatenate([f, g]), level),
+        mean(y, level),
+        mean(np.concatenate([f, g]), level),
         weight,
     )
 
@@ -382,12 +382,14 @@ def _share(hits: npt.NDArray[np.bool_], level: float) -> Measured:
     return Measured(share, low, high)
 
 
-def _mean(values: Array, level: float) -> Measured:
-    mean = float(values.mean())
+def mean(values: npt.ArrayLike, level: float = 0.95) -> Measured:
+    """A mean with its normal interval; none with one value."""
+    values = np.asarray(values, np.float64)
+    value = float(values.mean())
     if values.size < 2:
-        return Measured(mean, reason="one comparison")
+        return Measured(value, reason="one comparison")
     half = _quantile(level) * float(values.std(ddof=1)) / math.sqrt(values.size)
-    return Measured(mean, mean - half, mean + half)
+    return Measured(value, value - half, value + half)
 
 
 def _quantile(level: float) -> float:

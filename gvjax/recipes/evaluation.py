@@ -108,7 +108,7 @@ def evaluate_margins(
     gold_margins = np.asarray(gold_margins, np.float64)
     known = ~np.isnan(gold_margins)
     margins = np.asarray(margins, np.float64)
-    scale = _best_scale(margins) if fit_scale else 1.0
+    scale = best_scale(margins) if fit_scale else 1.0
     right = np.where(margins == 0, 0.5, margins > 0)
     decided = known & (gold_margins != 0)
     agrees = np.where(margins == 0, 0.5, np.sign(margins) == np.sign(gold_margins))
@@ -124,8 +124,12 @@ def evaluate_margins(
     )
 
 
-def _best_scale(margins: np.ndarray) -> float:
-    """The s >= 0 that maximises mean log σ(s · margin), a concave function."""
+def best_scale(margins: np.ndarray) -> float:
+    """The s >= 0 that maximises mean log σ(s · margin), a concave function of s.
+
+    Args:
+      margins: f64[N], of a scorer, chosen less rejected.
+    """
     spread = np.abs(margins).mean()
     if spread == 0 or margins.mean() <= 0:
         # The slope at 0 is the mean margin: where it is not positive, 0 is the best scale.

@@ -1,11 +1,12 @@
 """What every recipe after SFT is given, the same for all arms of a study."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
 from gvjax.models import lora
-from gvjax.recipes.evaluation import evaluate_policy
+from gvjax.recipes.evaluation import PolicyEvaluation, evaluate_policy
 from gvjax.recipes.ground import (
     Ground,
     reward_all,
@@ -64,11 +65,30 @@ class Inputs:
         return lora.adapted(self.policy, trained)
 
     def evaluate(self, params: Params) -> dict[str, float]:
-        """Gold reward, KL to the reference policy and length on the validation prompts.
+        """The policy on the validation prompts.
 
-        Of a dataset without a gold reward, what the reward model says instead, where there is one.
+        KL to the reference policy and length; where there is a gold reward that and the winrate in it over the reference
+        policy's completions; where there is a reward model, its mean reward as `proxy`.
         """
-        judged = evaluate_policy(
+        judged = self._judged(params)
+        numbers = judged.summary()
+        if judged.gold is not None:
+            wins = np.sign(judged.gold - self._reference_gold)
+            numbers["winrate"] = float((wins.mean() + 1) / 2)
+        if self.reward_model is not None:
+            model = self.reward_model
+            rows = sequences(self.validation, judged.completions, self.ground.pad_id)
+            rewards = reward_all(self.ground, model.pooling, model.params, rows)
+            numbers["proxy"] = float(rewards.mean())
+        return numbers
+
+    @functools.cached_property
+    def _reference_gold(self) -> np.ndarray:
+        """f32[N]: gold rewards of the reference policy's completions, drawn with the same random numbers."""
+        return self._judged(self.reference).gold
+
+    def _judged(self, params: Params) -> PolicyEvaluation:
+        return evaluate_policy(
             self.ground,
             self.task,
             params,
@@ -77,13 +97,6 @@ class Inputs:
             seed=self.seed,
             role="validation",
         )
-        numbers = judged.summary()
-        if judged.gold is None and self.reward_model is not None:
-            rows = sequences(self.validation, judged.completions, self.ground.pad_id)
-            model = self.reward_model
-            scores = reward_all(self.ground, model.pooling, model.params, rows)
-            numbers["reward"] = float(np.mean(scores))
-        return numbers
 
     def prompts_at(self, role: str, count: int, step: int) -> Prompts:
         """The training prompts of one step."""

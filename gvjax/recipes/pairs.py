@@ -54,6 +54,29 @@ class Pairs:
             }
         )
 
+    def swapped(self, rows: np.ndarray) -> Self:
+        """The pairs with the labels of some turned round.
+
+        Args:
+          rows: bool[N], where chosen and rejected change places.
+        """
+
+        def pick(one, other):
+            if isinstance(one, np.ndarray):
+                return np.where(rows, other, one)
+            tokens = np.where(rows[:, None], other.tokens, one.tokens)
+            return type(one)(tokens, np.where(rows, other.lengths, one.lengths))
+
+        turned = {
+            f"{prefix}{name}{suffix}": pick(
+                getattr(self, f"{prefix}{name}{suffix}"),
+                getattr(self, f"{prefix}{other}{suffix}"),
+            )
+            for prefix, suffix in (("", ""), ("", "_gold"), ("ref_", "_logps"))
+            for name, other in (("chosen", "rejected"), ("rejected", "chosen"))
+        }
+        return dataclasses.replace(self, **turned)
+
     def batch(self, rows, pad_id: int) -> PreferenceBatch:
         """Some pairs as a batch of host arrays, reference log-probabilities included."""
         some: Any = self.take(rows)

@@ -30,6 +30,9 @@ class Lcs(Tour):
 
     name = "lcs"
 
+    paraphrase = None  # type: ignore[assignment]
+    """Tour's keeps the goals but not what this reward looks at: which nodes come in which order."""
+
     @property
     def reward_range(self) -> tuple[float, float]:
         return -self.token_cost * self.horizon if self.eos else 0.0, 1.0

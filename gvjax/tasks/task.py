@@ -85,6 +85,9 @@ class Task(Protocol):
       eos_id: the token that ends a completion, or None where all completions have `max_completion_length` tokens.
       max_prompt_length, max_completion_length: in tokens, the EOS counted.
       reward_range: (low, high), bounds of the gold reward; None where there is no gold reward to ask for.
+
+    A task may also have `paraphrase(rng, prompts, completions) -> Completions`, which changes the tokens of completions and
+    not their gold reward: `gvjax gap` then probes which scorers lean on the tokens themselves.
     """
 
     @property

@@ -221,6 +221,49 @@ class Tour:
             valid |= stays & on_goal & just_arrived
         return valid
 
+    def paraphrase(
+        self, rng: np.random.Generator, prompts: Prompts, completions: Completions
+    ) -> Completions:
+        """The same walks by other nodes: the same gold reward, move by move.
+
+        A node that is no goal and lies on two valid edges is replaced by another such node, uniformly among those that
+        fit, itself included. Everything else stays.
+
+        Args:
+          rng: consumed.
+          prompts, completions: N rows each.
+        """
+        task_lib.check_rows_match(prompts, completions)
+        tokens = completions.tokens.copy()
+        rows = np.arange(len(tokens))
+        goals = np.concatenate(
+            [
+                prompts.tokens[:, 1 : self.max_prompt_length],
+                self.counted_goals(prompts),
+            ],
+            axis=1,
+        )
+        free = np.ones((len(tokens), self.num_nodes), bool)
+        free[rows[:, None], goals] = False
+
+        def known(ids: np.ndarray) -> np.ndarray:
+            inside = (ids >= 0) & (ids < self.num_nodes)
+            return np.where(inside, ids, self.num_nodes)
+
+        for step in range(min(self.horizon, tokens.shape[1])):
+            before = known(tokens[:, step - 1] if step else prompts.tokens[:, 0])
+            fits = free & self._edges[before, :-1]
+            if step + 1 < min(self.horizon, tokens.shape[1]):
+                after = known(tokens[:, step + 1])
+                last = step + 1 >= completions.lengths
+                fits &= self._edges[:-1, after].T | (last | (after == self.num_nodes))[:, None]  # fmt: skip
+            here = known(tokens[:, step])
+            inside = (step < completions.lengths) & (here < self.num_nodes)
+            changes = inside & fits[rows, np.minimum(here, self.num_nodes - 1)]
+            other = np.where(fits, rng.random(fits.shape), -1.0).argmax(axis=1)
+            tokens[:, step] = np.where(changes, other, tokens[:, step])
+        return Completions(tokens, completions.lengths)
+
     def optimum(self, prompts: Prompts) -> np.ndarray:
         """float32[N]: the exact optimum, by dynamic programming over (node, goals visited), invalid moves included.
 

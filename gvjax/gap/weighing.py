@@ -1,0 +1,660 @@
+"""From what the stages of a measurement left to numbers with intervals, and from those to advice."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gvjax import config
+from gvjax.gap import gathering, judging, quantities, scorers, statistics
+from gvjax.gap.advice import (
+    Advice,
+    Bounds,
+    Margins,
+    Tier1,
+    Tier2,
+    advise,
+    simultaneous,
+)
+from gvjax.gap.findings import (
+    ChoiceCurve,
+    GapFindings,
+    Multiplier,
+    Quantity,
+    ScorerFinding,
+    SeedValues,
+    TaskFinding,
+)
+from gvjax.gap.judging import Judged
+from gvjax.gap.measurement import GapPlan, MeasuredScene, sizes_of
+from gvjax.gap.results import SeedResult, StudyResults, TaskResult
+from gvjax.gap.stages import Store
+from gvjax.gap.statistics import Estimate
+
+LEVEL = 0.05
+
+ADVANTAGE = "verifier's lead in likelihood"
+HEADROOM = "gain by choosing with the verifier"
+LEAD = "its lead over choosing with the DPO policy"
+ORACLE = "gain by choosing with a perfect judge"
+EFFICIENCY = "verifier's share of the perfect judge's gain"
+TURN = "verifier's gain at the largest n, less that at the chosen n"
+SLOPE = "change of the lead with twice the data"
+DIFFERENCE = "online policy's lead over the best offline one"
+MATCHED = "the same at equal KL to the SFT policy"
+CUES = "accuracy lost on paraphrases, DPO policy less verifier"
+PEAK = "rarity of the best samples"
+LENGTH = "share of gold explained by length"
+
+_TIER1 = {
+    "advantage": ADVANTAGE,
+    "headroom": HEADROOM,
+    "lead": LEAD,
+    "oracle": ORACLE,
+    "efficiency": EFFICIENCY,
+    "turn": TURN,
+    "slope": SLOPE,
+}
+_TIER2 = {"difference": DIFFERENCE, "matched_kl": MATCHED}
+_TESTS = (ADVANTAGE, LEAD, DIFFERENCE, MATCHED)
+"""Decision tests declared here and nowhere else: Holm's correction is over those that were measured."""
+
+
+@dataclasses.dataclass
+class _Number:
+    """A number on its way to becoming a Quantity."""
+
+    key: str
+    unit: str
+    values: SeedValues
+    estimate: Estimate | None
+    margin: float | None = None
+    rows: list[Any] | None = None
+    reason: str = ""
+
+
+def weigh(settings: config.GapConfig, plan: GapPlan, store: Store) -> GapFindings:
+    """The findings of a measurement whose stages are all done.
+
+    Args:
+      settings: the measurement.
+      plan: its stages.
+      store: their results.
+
+    Raises:
+      LabelsWanted, JudgeError: see `judging.judge`.
+    """
+    tasks = []
+    advice: Advice | None = None
+    for number in range(len(plan.tasks)):
+        task, its_advice = _task(settings, plan, store, number)
+        tasks.append(task)
+        advice = advice or its_advice
+    assert advice is not None
+    return GapFindings(
+        name=settings.gap,
+        config=config.resolved(settings),
+        config_hash=config.config_hash(settings),
+        versions=gathering.versions(),
+        started=store.started(),
+        seeds=settings.seeds,
+        tasks=tuple(tasks),
+        advice=advice,
+    )
+
+
+def pilot_results(
+    settings: config.GapConfig, plan: GapPlan, store: Store, number: int
+) -> StudyResults | None:
+    """Both roads on a task, where they were taken."""
+    if not config.has_pilot(settings, number):
+        return None
+    study = config.study_of(settings, number)
+    return gathering.gather(study, plan.tasks[number], store)
+
+
+def _task(
+    settings: config.GapConfig,
+    plan: GapPlan,
+    store: Store,
+    number: int,
+) -> tuple[TaskFinding, Advice]:
+    scenes = [
+        MeasuredScene(settings, plan.tasks[number], store, seed=seed, number=number)
+        for seed in settings.seeds
+    ]
+    numbers: dict[str, _Number] = {}
+    found, curves, multiplier = _likelihoods(settings, scenes, numbers)
+    choices, chosen_n = _samples(settings, scenes, numbers)
+    if number == 0:
+        _sizes(settings, scenes, chosen_n, numbers)
+    pilot = pilot_results(settings, plan, store, number)
+    onsets: dict[str, SeedValues] = {}
+    judged: Judged | None = None
+    if pilot is not None:
+        judged = judging.judge(settings, plan, store, number, pilot.tasks[0])
+        onsets = _onsets(pilot.tasks[0])
+        _pilot(settings, pilot.tasks[0], judged, numbers)
+    bounds, made = _quantities(numbers)
+    advice = _advice(settings, bounds, made, multiplier, judged)
+    task = scenes[0].task
+    return (
+        TaskFinding(
+            task=config.gap_tasks(settings)[number].name,
+            role="control" if number else "main",
+            description=(inspect.getdoc(inspect.getmodule(type(task))) or "").split(
+                "\n"
+            )[0],
+            quantities=tuple(made.values()),
+            scorers=found,
+            curves=curves,
+            multiplier=multiplier,
+            choices=choices,
+            chosen_n=chosen_n,
+            pilot=pilot,
+            onsets=onsets,
+            judge=None if judged is None else judged.finding,
+        ),
+        advice,
+    )
+
+
+def _per_seed(settings: config.GapConfig, values: Sequence[float | None]) -> SeedValues:
+    return {str(seed): value for seed, value in zip(settings.seeds, values)}
+
+
+def _likelihoods(
+    settings: config.GapConfig,
+    scenes: Sequence[MeasuredScene],
+    numbers: dict[str, _Number],
+) -> tuple[tuple[ScorerFinding, ...], tuple[ScorerFinding, ...], Multiplier | None]:
+    """Q1 to Q3: predictions of held-out labels."""
+    section, sizes = settings.scorers, sizes_of(settings)
+    verifier, policy = section.trained[:2]
+    predicted: dict[tuple[str, int], list[quantities.Prediction]] = {}
+    margins: dict[str, list[dict[str, list[float]]]] = {}
+    found, curves = [], []
+
+    def finding(kind: str, count: int, chosen, each) -> ScorerFinding:
+        predictions = [quantities.predict(m["test"], m["validation"]) for m in each]
+        predicted[kind, count] = predictions
+
+        def values(name: str) -> SeedValues:
+            return _per_seed(settings, [getattr(p, name) for p in predictions])
+
+        tries = section.learning_rates
+        return ScorerFinding(
+            name=kind,
+            description=scorers.DESCRIPTIONS[kind],
+            pairs=count,
+            log_likelihood=values("log_likelihood"),
+            mean_likelihood=values("mean_likelihood"),
+            accuracy=values("accuracy"),
+            calibration_error=values("calibration_error"),
+            learning_rate=_per_seed(settings, [tries[t] for t, _ in chosen]),
+            updates=_per_seed(settings, [float(r["round"]) for _, r in chosen]),
+        )
+
+    for kind in scorers.UNTRAINED:
+        untrained = [
+            scene.store.result(scene.plan.of("untrained", scene.seed))["margins"][kind]
+            for scene in scenes
+        ]
+        found.append(finding(kind, 0, [], untrained))
+        margins[kind] = untrained
+    for kind in section.trained:
+        chosen = [scene.chosen(kind, sizes[-1]) for scene in scenes]
+        margins[kind] = [result["margins"] for _, result in chosen]
+        found.append(finding(kind, sizes[-1], chosen, margins[kind]))
+    for kind in (verifier, policy):
+        for count in sizes[:-1]:
+            chosen = [scene.chosen(kind, count) for scene in scenes]
+            each = [result["margins"] for _, result in chosen]
+            curves.append(finding(kind, count, chosen, each))
+        curves.append(next(f for f in found if f.name == kind))
+
+    def rows(kind: str, count: int) -> list[np.ndarray]:
+        return [p.pair_log_likelihoods for p in predicted[kind, count]]
+
+    def lead(a: str, b: str, count: int) -> list[np.ndarray]:
+        return [x - y for x, y in zip(rows(a, count), rows(b, count))]
+
+    def add(key, name, unit, differences, margin=None):
+        numbers[name] = _Number(
+            key,
+            unit,
+            _per_seed(settings, [float(d.mean()) for d in differences]),
+            statistics.paired_mean(differences, prompts="nested"),
+            margin,
+            rows=differences,
+        )
+
+    nats = settings.margins.nats
+    full = lead(verifier, policy, sizes[-1])
+    add("Q1", ADVANTAGE, "nats per pair", full, nats)
+    if len(sizes) > 1:
+        before = lead(verifier, policy, sizes[-2])
+        doublings = math.log2(sizes[-1] / sizes[-2])
+        slopes = [(a - b) / doublings for a, b in zip(full, before)]
+        add("Q1", SLOPE, "nats per pair and doubling", slopes)
+    if "shuffled reward model" in section.trained:
+        null = [r - math.log(0.5) for r in rows("shuffled reward model", sizes[-1])]
+        add("Q1", "shuffled reward model's lead over chance", "nats per pair", null, nats)  # fmt: skip
+    for probe in ("global reward model", "local reward model", "frozen features"):
+        if probe != verifier and probe in section.trained:
+            whose = "a head on frozen features" if probe == "frozen features" else probe
+            name = f"{whose}, lead over the DPO policy"
+            add("Q3", name, "nats per pair", lead(probe, policy, sizes[-1]), nats)
+    if "paraphrased" in margins[policy][0]:
+        drops = [
+            quantities.cue_drop(
+                p["test"], p["paraphrased"], v["test"], v["paraphrased"]
+            )
+            for p, v in zip(margins[policy], margins[verifier])
+        ]
+        _add_seeds(settings, numbers, "Q3", CUES, "accuracy", drops)
+    multiplier = None
+    if len(sizes) >= 3:
+        losses = [
+            np.array([[-p.pair_log_likelihoods for p in predicted[kind, count]] for count in sizes])
+            for kind in (policy, verifier)
+        ]  # fmt: skip
+        policy_losses, verifier_losses = (np.swapaxes(each, 0, 1) for each in losses)
+        fit = quantities.data_multiplier(sizes, policy_losses, verifier_losses)
+        multiplier = Multiplier(
+            fit.identified,
+            fit.value,
+            fit.low,
+            fit.high,
+            *fit.asymptotes,
+            fit.gap,
+            fit.reason,
+        )
+    return tuple(found), tuple(curves), multiplier
+
+
+def _add_seeds(
+    settings: config.GapConfig,
+    numbers: dict[str, _Number],
+    key: str,
+    name: str,
+    unit: str,
+    values: Sequence[float | None],
+    margin: float | None = None,
+    reason: str = "",
+) -> None:
+    missing = sum(value is None for value in values)
+    if missing and not reason:
+        reason = f"{missing} of {len(values)} seeds have no value"
+    numbers[name] = _Number(
+        key,
+        unit,
+        _per_seed(settings, values),
+        quantities.over_seeds(values),
+        margin,
+        reason=reason if missing else "",
+    )
+
+
+def _samples(
+    settings: config.GapConfig,
+    scenes: Sequence[MeasuredScene],
+    numbers: dict[str, _Number],
+) -> tuple[tuple[ChoiceCurve, ...], int]:
+    """Q4, Q5 and Q9: what can be chosen among samples of the SFT policy."""
+    section = settings.samples
+    verifier, policy = settings.scorers.trained[:2]
+    sizes, most = section.best_of_n, section.per_prompt
+    names = [*scorers.UNTRAINED, *settings.scorers.trained]
+    wins: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    golds: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    gaps: dict[str, list[quantities.GoldGap]] = {name: [] for name in names}
+    validation, peaks, lengths = [], [], []
+    for scene in scenes:
+        held, test = scene.samples("validation"), scene.samples("test")
+        against = quantities.winrates(held["gold"][:, :most], held["gold"][:, most:])
+        validation.append(quantities.headroom(held[verifier][:, :most], against, sizes))
+        gold = test["gold"][:, :most]
+        against = quantities.winrates(gold, test["gold"][:, most:])
+        for name in names:
+            scores = test[name][:, :most]
+            wins[name].append(quantities.headroom(scores, against, sizes))
+            golds[name].append(quantities.headroom(scores, gold, sizes) + 0.5)
+            gaps[name].append(
+                quantities.gold_gap(
+                    scores, gold, test["optimum"], quantile=section.quantile
+                )
+            )
+        peaks.append(
+            quantities.peak_distance(test["own log-probability"][:, :most], gold)
+        )
+        lengths.append(quantities.length_share(test["length"][:, :most], gold))
+    at = quantities.chosen_size(validation)
+    margin = settings.margins.winrate
+
+    def add(key, name, unit, values, margin=None, reason=""):
+        _add_seeds(settings, numbers, key, name, unit, values, margin, reason)
+
+    def at_n(name: str, place: int = at) -> list[float]:
+        return [float(curve[place]) for curve in wins[name]]
+
+    unit = f"winrate − ½, n = {sizes[at]}"
+    add("Q4", HEADROOM, unit, at_n(verifier), margin)
+    add("Q4", "gain by choosing with the DPO policy", unit, at_n(policy), margin)
+    add("Q4", LEAD, unit, np.subtract(at_n(verifier), at_n(policy)).tolist(), margin)
+    add("Q4", ORACLE, unit, at_n("gold"), margin)
+    shares = [quantities.efficiency(a, b) for a, b in zip(at_n(verifier), at_n("gold"))]
+    reason = "a perfect judge gains next to nothing on some seeds"
+    add("Q4", EFFICIENCY, "share", shares, None, reason)
+    turns = np.subtract(at_n(verifier, -1), at_n(verifier)).tolist()
+    add("Q4", TURN, "winrate", turns, margin)
+    for name in names:
+        relative = [each.relative for each in gaps[name]]
+        add(
+            "Q5",
+            f"gain in gold by filtering with {_article(name)}",
+            "share of what is left to gain",
+            relative,
+            settings.margins.relative_gap,
+            "nothing is left to gain",
+        )
+    add("Q9", PEAK, "nats, against all samples", peaks)
+    add("Q9", LENGTH, "share of variance", lengths)
+    curves = tuple(
+        ChoiceCurve(
+            name,
+            sizes,
+            tuple(tuple(float(v) + 0.5 for v in row) for row in wins[name]),
+            tuple(tuple(float(v) for v in row) for row in golds[name]),
+        )
+        for name in names
+    )
+    return curves, sizes[at]
+
+
+def _sizes(
+    settings: config.GapConfig,
+    scenes: Sequence[MeasuredScene],
+    chosen_n: int,
+    numbers: dict[str, _Number],
+) -> None:
+    """Q10: whether it is the verifier or the policy that may be of another size."""
+    at = settings.samples.best_of_n.index(chosen_n)
+    full = list(numbers[HEADROOM].values.values())
+    for place in range(len(settings.sizes)):
+        results = [
+            scene.store.result(scene.plan.of("resized", scene.seed, 0, "", place))
+            for scene in scenes
+        ]
+        size = f"{results[0]['parameters'] / 1e3:.3g}k parameters"
+        for role in ("verifier", "policy"):
+            change = [r[role][at] - (f or 0.0) for r, f in zip(results, full)]
+            name = f"{role} of {size} instead"
+            unit = f"winrate, n = {chosen_n}"
+            _add_seeds(
+                settings, numbers, "Q10", name, unit, change, settings.margins.winrate
+            )
+
+
+def _article(name: str) -> str:
+    return {"gold": "a perfect judge", "own log-probability": "its own log-probability"}.get(name, f"the {name}")  # fmt: skip
+
+
+def _pilot(
+    settings: config.GapConfig,
+    task: TaskResult,
+    judged: Judged,
+    numbers: dict[str, _Number],
+) -> None:
+    """Q6 and Q7: what the pilot showed, in winrates over the SFT policy's completions."""
+    pilot = settings.pilot
+    assert pilot is not None
+    seeds = settings.seeds
+    margin = settings.margins.winrate
+    online = task.arm(pilot.online)
+    roads = [arm for arm in task.arms if arm.road == "offline"]
+
+    def wins(arm: str) -> list[np.ndarray]:
+        """Of each seed, over the SFT policy on every judged prompt."""
+        return [judged.wins[arm, seed] for seed in seeds]
+
+    # For each seed the offline arm that this judge likes best on these prompts: it flatters the offline road.
+    best = {
+        seed: max(roads, key=lambda arm: float(np.nanmean(judged.wins[arm.name, seed])))
+        for seed in seeds
+    }
+    offline = [judged.wins[best[seed].name, seed] for seed in seeds]
+
+    def add(name, differences, *, key="Q6", unit="winrate", margin=margin):
+        numbers[name] = _Number(
+            key,
+            unit,
+            _per_seed(settings, [float(d.mean()) for d in differences]),
+            statistics.paired_mean(differences, prompts="nested"),
+            margin,
+            rows=differences,
+        )
+
+    add(DIFFERENCE, _less(wins(pilot.online), offline))
+    values, reasons = [], []
+    for seed in seeds:
+        matched = matched_winrate(
+            online.seed(seed),
+            float(np.nanmean(judged.wins[pilot.online, seed])),
+            best[seed].seed(seed),
+            float(np.nanmean(judged.wins[best[seed].name, seed])),
+        )
+        values.append(matched.difference)
+        if matched.reason:
+            reasons.append(f"seed {seed}: {matched.reason}")
+    _add_seeds(
+        settings, numbers, "Q6", MATCHED, "winrate", values, margin, "; ".join(reasons)
+    )
+    if judged.finding.kind == "gold":
+        duels = [
+            statistics.win_scores(online.seed(s).gold, best[s].seed(s).gold) - 0.5
+            for s in seeds
+        ]
+        add("head to head, online against the best offline policy", duels, unit="winrate − ½")  # fmt: skip
+    leads = [float(d.mean()) for d in _less(wins(pilot.online), offline)]
+    gains = [float(np.nanmean(row)) - 0.5 for row in offline]
+    _add_seeds(
+        settings,
+        numbers,
+        "Q6",
+        "online policy's lead as a multiple of the offline gain",
+        "times",
+        [quantities.normalised_lead(a, b) for a, b in zip(leads, gains)],
+        None,
+        "the offline road gains next to nothing on some seeds",
+    )
+    for arm in task.arms:
+        if arm.name != pilot.online and arm.road != "start":
+            name = f"{pilot.online}'s lead over {arm.name}"
+            add(name, _less(wins(pilot.online), wins(arm.name)))
+    if pilot.square is not None:
+        corners = [
+            [float(np.nanmean(row)) for row in wins(name)]
+            for name in pilot.square.model_dump().values()
+        ]
+        each = [quantities.square(*values) for values in zip(*corners)]
+        for name, field in (
+            ("on-policy completions instead of offline ones", "samples"),
+            ("gold labels instead of the verifier's", "labels"),
+            ("on-policy completions, more with gold labels", "interaction"),
+        ):
+            values = [getattr(one, field) for one in each]
+            _add_seeds(settings, numbers, "Q7", name, "winrate", values, margin)
+
+
+def _less(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Seed by seed a − b, on the prompts on which both were answered."""
+    differences = [x - y for x, y in zip(a, b)]
+    return [d[np.isfinite(d)] for d in differences]
+
+
+def matched_winrate(
+    online: SeedResult,
+    online_winrate: float,
+    offline: SeedResult,
+    offline_winrate: float,
+) -> statistics.MatchedKl:
+    """Difference in winrate over the SFT policy at the KL of whichever policy spent less, along training curves.
+
+    Args:
+      online, offline: a seed's results; points of their curves without a winrate are left out.
+      online_winrate, offline_winrate: of the reported checkpoints.
+    """
+
+    def curve(result: SeedResult, winrate: float) -> tuple[list[float], list[float]]:
+        points = [(0.0, 0.5), (result.kl, winrate)]
+        points += [(p.kl, p.winrate) for p in result.curve if p.winrate is not None]
+        return [kl for kl, _ in points], [value for _, value in points]
+
+    found = statistics.matched_kl_difference(
+        *curve(online, online_winrate),
+        *curve(offline, offline_winrate),
+        at=min(online.kl, offline.kl),
+    )
+    reason = found.reason.replace("a was", "online was", 1).replace(
+        "b was", "offline was", 1
+    )
+    return statistics.MatchedKl(found.difference, reason)
+
+
+def _onsets(task: TaskResult) -> dict[str, SeedValues]:
+    """Arm -> per seed, the KL at which gold starts to fall for good while the proxy goes on rising."""
+    found: dict[str, SeedValues] = {}
+    for arm in task.arms:
+        values: SeedValues = {}
+        for seed in arm.seeds:
+            points = [p for p in seed.curve if p.proxy is not None]
+            if not points:
+                continue
+            # Two standard errors of a mean over the test prompts: falls below it are noise.
+            spread = float(np.std(seed.gold)) / len(seed.gold) ** 0.5
+            place = quantities.onset(
+                [p.gold for p in points],
+                [float(p.proxy or 0.0) for p in points],
+                tolerance=2 * spread,
+            )
+            values[str(seed.seed)] = None if place is None else points[place].kl
+        if values:
+            found[arm.name] = values
+    return found
+
+
+def _quantities(
+    numbers: Mapping[str, _Number],
+) -> tuple[dict[str, Bounds], dict[str, Quantity]]:
+    """Simultaneous bounds of the numbers that decide, and all numbers with their intervals and tests."""
+    estimates: dict[str, Estimate] = {}
+    for name in {**_TIER1, **_TIER2}.values():
+        number = numbers.get(name)
+        if number is None or number.estimate is None:
+            continue
+        if number.estimate.standard_error == 0 and name != TURN:
+            # Seeds that agree to the last bit, as when nothing was learnt, say nothing of how seeds differ.
+            number.estimate = dataclasses.replace(
+                number.estimate,
+                standard_error=None,
+                degrees_of_freedom=None,
+                reason="all seeds agree exactly: no spread to make an interval of",
+            )
+        estimates[name] = number.estimate
+    bounds = simultaneous(estimates)
+    tested = {
+        name: p
+        for name in _TESTS
+        if (estimate := estimates.get(name)) is not None
+        and (p := estimate.p_value()) is not None
+    }
+    corrected = dict(zip(tested, statistics.holm(list(tested.values()))))
+    made = {}
+    for name, number in numbers.items():
+        estimate = number.estimate
+        base = Quantity(
+            number.key,
+            name,
+            number.unit,
+            None,
+            margin=number.margin,
+            seeds=number.values,
+            reason=number.reason,
+        )
+        if estimate is None:
+            made[name] = base
+            continue
+        low, high = estimate.interval() or (None, None)
+        equivalent = None
+        if number.margin is not None:
+            p = estimate.equivalence_p_value(number.margin)
+            equivalent = None if p is None else p < LEVEL
+        bound = bounds.get(name)
+        check = None
+        if number.rows is not None:
+            check = statistics.pigeonhole_interval(number.rows, prompts="nested")
+        made[name] = dataclasses.replace(
+            base,
+            estimate=estimate.mean,
+            low=low,
+            high=high,
+            bound_low=None if bound is None else bound.low,
+            bound_high=None if bound is None else bound.high,
+            method=estimate.method,
+            check=check,
+            p_value=tested.get(name),
+            p_holm=corrected.get(name),
+            equivalent=equivalent,
+            detectable=estimate.detectable(),
+            reason="; ".join(t for t in (number.reason, estimate.reason) if t),
+        )
+    return bounds, made
+
+
+def _advice(
+    settings: config.GapConfig,
+    bounds: Mapping[str, Bounds],
+    made: Mapping[str, Quantity],
+    multiplier: Multiplier | None,
+    judged: Judged | None,
+) -> Advice:
+    seeds = len(settings.seeds)
+
+    def beside(name: str) -> Bounds | None:
+        """Of numbers that decide nothing: their plain intervals."""
+        quantity = made.get(name)
+        if quantity is None or quantity.estimate is None:
+            return None
+        return Bounds(quantity.estimate, quantity.low, quantity.high)
+
+    one = Tier1(
+        seeds,
+        **{field: bounds.get(name) for field, name in _TIER1.items()},
+        data_multiplier_identified=None if multiplier is None else multiplier.identified,
+        peak_distance=beside(PEAK),
+        length_share=beside(LENGTH),
+        cue_drop=beside(CUES),
+    )  # fmt: skip
+    two = None
+    warnings: tuple[str, ...] = ()
+    if judged is not None:
+        two = Tier2(
+            seeds, **{field: bounds.get(name) for field, name in _TIER2.items()}
+        )
+        warnings = judged.finding.warnings
+    margins = settings.margins
+    return advise(
+        one,
+        two,
+        margins=Margins(
+            winrate=margins.winrate,
+            nats=margins.nats,
+            low_efficiency=margins.low_efficiency,
+            nats_per_doubling=margins.nats_per_doubling,
+        ),
+        judge_warnings=warnings,
+    )
