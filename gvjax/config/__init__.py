@@ -85,6 +85,7 @@ from gvjax.config.study import (
     StudyConfig,
     TwinSection,
     arm_settings,
+    needs_ranked_samples,
 )
 
 __all__ = [
@@ -147,6 +148,7 @@ __all__ = [
     "known",
     "load",
     "marked",
+    "needs_ranked_samples",
     "reread",
     "resolved",
     "study_of",
