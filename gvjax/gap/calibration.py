@@ -4,6 +4,7 @@ Every check counts studies in which something happened and holds the share, with
 written down first. What the tool must never do is recommend RL where none of it can pay.
 """
 
+import argparse
 import collections
 import concurrent.futures
 import dataclasses
@@ -11,6 +12,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -299,6 +301,48 @@ def judged(rng: np.random.Generator, bias: float, comparisons: int = 400) -> boo
     )
     found = agreement.length_bias(judge, labels, length)
     return found.low is not None and found.low > 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `gvjax gap --calibrate`.
+
+    Args:
+      argv: the further arguments.
+
+    Returns:
+      Exit code: 0 where every rule holds, 1 where one does not, 2 where the request itself is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="gvjax gap --calibrate",
+        description="Simulate studies whose truth is known and check that intervals cover it and advice respects it.",
+    )
+    parser.add_argument(
+        "--studies",
+        type=int,
+        default=1000,
+        help="simulated studies of each kind where a rate near 5%% is at stake, fewer elsewhere (default 1000)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of all random numbers (default 0)"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIRECTORY",
+        type=pathlib.Path,
+        help="write calibration.md and calibration.json there",
+    )
+    options = parser.parse_args(argv)
+    if options.studies < 10 or options.seed < 0:
+        print(
+            f"gvjax gap --calibrate: --studies is {options.studies} and --seed {options.seed}; use at least 10 studies and"
+            " a seed of 0 or more",
+            file=sys.stderr,
+        )
+        return 2
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    return calibrate(
+        console, studies=options.studies, seed=options.seed, directory=options.out
+    )
 
 
 def calibrate(
