@@ -15,6 +15,7 @@ _DESCRIPTION = """\
 gvjax takes one preference dataset down both roads of fine-tuning and says, with error bars, which road pays.
 
   gvjax gap configs/gap/quickstart.yaml      is checking easier than doing on this task? which road to take
+  gvjax gap --calibrate                      is that advice honest? a thousand studies whose truth is known
   gvjax compare configs/quickstart.yaml      both roads on one task, several seeds, one report
   gvjax run configs/tour/sft.yaml seed=3     one recipe
   gvjax verify                               prove the losses and the theory on this machine
@@ -67,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from gvjax import verify
 
         return verify.main(arguments[1:])
+    if arguments[:1] == ["gap"] and "--calibrate" in arguments:
+        # No config: the studies are simulated.
+        from gvjax.gap import calibration
+
+        return calibration.main([a for a in arguments[1:] if a != "--calibrate"])
     parsed = _parser().parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO if parsed.verbose else logging.WARNING,
@@ -165,6 +171,11 @@ def _parser() -> argparse.ArgumentParser:
         "until their sheets are filled in.",
     )
     overrides(gap, "gap")
+    gap.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="without a CONFIG: simulate studies whose truth is known, and check that the advice is honest",
+    )
     run = verb(
         "run",
         "run one recipe",

@@ -246,9 +246,21 @@ REFUSED = {
         ),
         "which itself starts from an arm",
     ),
-    "augmented data online": (
-        arm_with("RLOO", data="augmented"),
-        "only the dpo recipe",
+    "augmented data for selection": (
+        arm_with(
+            "b",
+            road="selection",
+            data="augmented",
+            settings={"recipe": "best_of_n", "n": 2},
+        ),
+        "which only dpo, online_dpo",
+    ),
+    "ranked samples for online arms only": (
+        {
+            **arm_with("RLOO", data="augmented"),
+            "augmentation": {"prompts": 8, "samples_per_prompt": 4},
+        },
+        "online and draw their own samples",
     ),
     "augmentation of nothing": (
         study_with(augmentation={}),

@@ -90,6 +90,7 @@ from gvjax.config.study import (
     StudyConfig,
     TwinSection,
     arm_settings,
+    needs_ranked_samples,
 )
 
 __all__ = [
@@ -156,6 +157,7 @@ __all__ = [
     "known",
     "load",
     "marked",
+    "needs_ranked_samples",
     "reread",
     "resolved",
     "study_of",

@@ -391,7 +391,7 @@ def study_of(
         }
         data["contrasts"] = [{"a": pilot.online, "b": "best offline"}]
         if any(arm.data == "augmented" for arm in pilot.arms.values()):
-            data["augmentation"] = pilot.augmentation.model_dump()
+            data["augmentation"] = pilot.augmentation.model_dump(exclude_unset=True)
     try:
         return validate(StudyConfig, data, "pilot")
     except ConfigError as error:

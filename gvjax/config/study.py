@@ -29,8 +29,9 @@ class ArmSection(Section):
       settings: the recipe and its fields.
       sweep: overrides of `settings`, each tried; null tries `settings` alone. The best on validation prompts is kept.
       select: `best` keeps the checkpoint with the best gold reward on validation prompts, `last` the last one.
-      data: what an offline arm learns from: the `pairs`; the pairs `augmented` by further samples of the SFT policy that
-        the reward model labels; or the pairs `relabelled` by the reward model.
+      data: what an arm learns from: the `pairs`, and their prompts if it is online; these `augmented`, offline by
+        further samples of the SFT policy that the reward model labels, online by further prompts to sample on; or the
+        pairs `relabelled` by the reward model.
       start: the arm whose policy it starts from; `sft` is the SFT policy.
     """
 
@@ -43,11 +44,11 @@ class ArmSection(Section):
 
 
 class AugmentationSection(Section):
-    """More offline data without new labels: samples of the SFT policy on new prompts, ranked by the reward model.
+    """More data without new labels: new prompts, with samples of the SFT policy that the reward model ranks.
 
     Attributes:
-      prompts: new prompts.
-      samples_per_prompt: completions of each; best and worst make the pair.
+      prompts: new prompts; online arms sample on them too.
+      samples_per_prompt: completions of each, for offline arms; best and worst make the pair.
     """
 
     prompts: Count = 9600
@@ -137,6 +138,9 @@ class StudyConfig(Section):
         if not any(arm.data == "augmented" for arm in self.arms.values()):
             why = "no arm has data: augmented"
             refuse_unused(self, [("augmentation", why)], info)
+        elif not any(needs_ranked_samples(arm) for arm in self.arms.values()):
+            why = "the arms with data: augmented are online and draw their own samples"
+            refuse_unused(self.augmentation, [("samples_per_prompt", why)], info)
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeat; use different ones")
         # Without any arm it is the ground of a measurement that takes no road.
@@ -160,9 +164,10 @@ class StudyConfig(Section):
                         f"arms.{name}.start is {arm.start}, which itself starts from an arm; start from sft or from"
                         " an arm that does"
                     )
-            if arm.data != "pairs" and arm.settings.recipe != "dpo":
+            reads = ("dpo",) if arm.data == "relabelled" else ("dpo", *RECIPES_OF_ROAD["online"])  # fmt: skip
+            if arm.data != "pairs" and arm.settings.recipe not in reads:
                 raise ValueError(
-                    f"arms.{name}.data is {arm.data}, which only the dpo recipe reads; use data: pairs"
+                    f"arms.{name}.data is {arm.data}, which only {', '.join(reads)} read; use data: pairs"
                 )
             arm_settings(arm)
         arms_on = {self.task.name: list(self.arms)}
@@ -200,6 +205,11 @@ class StudyConfig(Section):
             if contrast.a == contrast.b:
                 raise ValueError(f"a contrast compares {contrast.a} with itself")
         return self
+
+
+def needs_ranked_samples(arm: ArmSection) -> bool:
+    """Whether an arm learns offline from samples that the reward model ranked, which borrows the verifier."""
+    return arm.data == "augmented" and arm.road == "offline"
 
 
 def arm_settings(arm: ArmSection) -> list[Trained]:

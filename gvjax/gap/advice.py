@@ -496,7 +496,7 @@ def _both(a: _Premise, b: _Premise) -> _Premise:
 def _shrink(name: str, bounds: Bounds, wall: float, end: float, rule: str) -> str:
     """By how much the interval must shrink; '' where its middle is on the wrong side and shrinking would not help."""
     room, half = wall - bounds.point, end - bounds.point
-    if room == 0 or (room > 0) != (half > 0):
+    if room == 0 or half == 0 or (room > 0) != (half > 0):
         return ""
     if math.isinf(half):
         return f"an interval of {name}, which has no end now"

@@ -115,7 +115,8 @@ def _gather_task(
             seeds.append(
                 _seed_result(seed, trials[best], setting=setting, ledger=ledger)
             )
-        road = arm.road if arm.data == "pairs" else "relabelled"
+        borrows = arm.road == "offline" and arm.data != "pairs"
+        road = "relabelled" if borrows else arm.road
         gathered.append(ArmResult(name, road, tuple(seeds), _describe(arm)))
     for seed in study.seeds:
         scorers["reward model"].append(_scorer_seed(seed, result("reward", seed)))
@@ -219,7 +220,9 @@ def _scorer_seed(seed: int, found: Mapping[str, Any]) -> ScorerSeed:
 
 def _uses_reward_model(arm: config.ArmSection, settings: config.Section) -> bool:
     rewards = getattr(settings, "rewards", None)
-    return arm.data != "pairs" or (rewards is not None and rewards.reward_model > 0)
+    return (arm.road == "offline" and arm.data != "pairs") or (
+        rewards is not None and rewards.reward_model > 0
+    )
 
 
 def _differences(settings: config.Section, arm: config.ArmSection) -> dict[str, Any]:
@@ -250,9 +253,11 @@ def _describe(arm: config.ArmSection) -> str:
         what = arm.settings.algorithm
     data = {
         "pairs": "",
-        "augmented": ", on the pairs and samples that the reward model ranked",
+        "augmented": ", on further prompts too",
         "relabelled": ", on the pairs' completions as the reward model labels them",
     }[arm.data]
+    if config.needs_ranked_samples(arm):
+        data = ", on the pairs and samples that the reward model ranked"
     start = "" if arm.start == "sft" else f", from {arm.start}"
     sweep = f"; best of {tried} settings on validation gold" if tried > 1 else ""
     kept = (

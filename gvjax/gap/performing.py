@@ -40,7 +40,7 @@ from gvjax.recipes.pairs import (
     ranked_pairs,
 )
 from gvjax.recipes.rewards import RewardModel, make_rewards
-from gvjax.tasks.task import Task
+from gvjax.tasks.task import Prompts, Task
 from gvjax.types import Params, SequenceBatch
 
 SAMPLES_SHOWN = 4
@@ -187,13 +187,11 @@ class Scene:
     def do_augmented(self, run: loop.Run) -> dict[str, Any]:
         run.directory.mkdir(parents=True, exist_ok=True)
         section = self.study.augmentation
-        rng = role_rng(self.seed, "augmentation prompts")
-        prompts = self.task.prompts(rng, section.prompts, "train")
         made = ranked_pairs(
             self.ground,
             self.task,
             self.policy,
-            prompts,
+            self._more_prompts(),
             make_rewards(
                 self.ground, config.RewardSources(), self.task, self.reward_model
             ),
@@ -203,6 +201,11 @@ class Scene:
         )
         made.save(run.directory / "augmented.npz")
         return {}
+
+    def _more_prompts(self) -> Prompts:
+        """The prompts of the augmentation."""
+        rng = role_rng(self.seed, "augmentation prompts")
+        return self.task.prompts(rng, self.study.augmentation.prompts, "train")
 
     def do_curves(self) -> dict[str, Any]:
         """Gold of the best of n samples of the SFT policy, as chosen by gold and by the reward model."""
@@ -240,11 +243,14 @@ class Scene:
         section = self.study.arms[arm]
         settings = config.arm_settings(section)[trial]
         inputs = self.inputs(reward_model=self.reward_model)
-        if section.data == "augmented":
+        if config.needs_ranked_samples(section):
             more = Pairs.load(self.directory("augmented") / "augmented.npz")
             inputs = dataclasses.replace(
                 inputs, pairs=joined(inputs.required_pairs(), more)
             )
+        elif section.data == "augmented":
+            prompts = self.train_prompts.followed_by(self._more_prompts())
+            inputs = dataclasses.replace(inputs, prompts=prompts)
         if section.data == "relabelled":
             inputs = dataclasses.replace(
                 inputs, pairs=self._relabelled(inputs.required_pairs())

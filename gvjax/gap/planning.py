@@ -197,7 +197,7 @@ def plan_of(
             )
             arms = arms_of(study, task)
             extra: tuple[Stage, ...] = ()
-            if any(arm.data == "augmented" for arm in arms.values()):
+            if any(config.needs_ranked_samples(arm) for arm in arms.values()):
                 inputs = {"augmentation": study.augmentation.model_dump()}
                 drawn = (
                     study.augmentation.prompts * study.augmentation.samples_per_prompt
@@ -243,7 +243,7 @@ def plan_of(
                 arms.items(), key=lambda item: item[1].start != "sft"
             ):
                 parents = [*needed, verifier]
-                if arm.data == "augmented":
+                if config.needs_ranked_samples(arm):
                     parents += extra
                 if arm.start != "sft":
                     trials = len(config.arm_settings(arms[arm.start]))
@@ -258,6 +258,8 @@ def plan_of(
                         "data": arm.data,
                         "start": arm.start,
                     }
+                    if arm.data == "augmented" and not config.needs_ranked_samples(arm):
+                        inputs["more_prompts"] = study.augmentation.prompts
                     label = f"{name} {trial + 1}" if arm.sweep else name
                     add(
                         "trial",

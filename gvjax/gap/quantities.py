@@ -258,13 +258,18 @@ def headroom(scores: npt.ArrayLike, wins: npt.ArrayLike, sizes: Sequence[int]) -
     )
 
 
-def chosen_size(curves: npt.ArrayLike) -> int:
+def chosen_size(curves: npt.ArrayLike, sizes: Sequence[int]) -> int:
     """The place of the largest mean over seeds: the n to use, from validation prompts.
+
+    Among one sample there is no choice, so n = 1 is not a candidate. A verifier that is worth nothing would choose it, and
+    then a perfect judge, read at the same n, would seem to gain nothing either.
 
     Args:
       curves: [seeds, sizes], e.g. of `headroom`.
+      sizes: the n, ascending, the last above 1.
     """
-    return int(np.asarray(curves, np.float64).mean(axis=0).argmax())
+    means = np.asarray(curves, np.float64).mean(axis=0)
+    return int(np.where(np.asarray(sizes) > 1, means, -np.inf).argmax())
 
 
 def efficiency(headroom: float, oracle: float, *, least: float = 0.01) -> float | None:

@@ -146,6 +146,8 @@ def train(
     if kind == "shuffled reward model":
         rng = role_rng(inputs.seed, "shuffled labels")
         pairs = pairs.swapped(rng.random(len(pairs)) < 0.5)
+        # Chosen on true labels, the luckiest of its checkpoints would be worth something.
+        heldout = heldout.swapped(rng.random(len(heldout)) < 0.5)
     compiled, schedule = _program(
         ground, kind, section.beta, pooling_of(kind, section), section.steps, learning_rate
     )  # fmt: skip

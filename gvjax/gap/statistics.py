@@ -111,9 +111,10 @@ def paired_mean(differences: npt.ArrayLike, *, prompts: Prompts) -> Estimate:
         variance = (MS_seed + MS_prompt − MS_residual) / (S P)
         df = (S P variance)² / (MS_seed²/(S−1) + MS_prompt²/(P−1) + MS_residual²/((S−1)(P−1)))
 
-    The sum of mean squares may come out below MS_seed when prompts hardly differ; the variance is then kept at its
-    largest single-factor value max(MS_seed, MS_prompt) / (S P), so that noise in MS_residual never makes an interval
-    narrower than either factor alone would.
+    The sum of mean squares may come out below MS_seed when prompts hardly differ; the variance is then kept at
+    MS_seed / (S P), so that an interval is never narrower than the seeds' means alone would make it. Where neither factor
+    has an effect of its own, as in a difference of log-likelihoods, keeping it at MS_prompt / (S P) too would make
+    95% intervals cover 98%.
     Nested: `seed_mean` of each seed's mean difference.
 
     Args:
@@ -158,11 +159,10 @@ def _crossed_variance(x: Array) -> tuple[Array, Array]:
     residual = x - by_seed - by_prompt + mean
     ms_residual = (residual**2).sum((-2, -1)) / df_residual
     summed = ms_seed + ms_prompt - ms_residual
-    floor = np.maximum(ms_seed, ms_prompt)
     spread = (
         ms_seed**2 / df_seed + ms_prompt**2 / df_prompt + ms_residual**2 / df_residual
     )
-    scale = np.maximum(summed, floor)
+    scale = np.maximum(summed, ms_seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         df = np.where(spread > 0, scale**2 / spread, df_seed)
     return scale / (num_seeds * num_prompts), np.maximum(df, 1.0)

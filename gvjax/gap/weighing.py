@@ -332,7 +332,7 @@ def _samples(
             quantities.peak_distance(test["own log-probability"][:, :most], gold)
         )
         lengths.append(quantities.length_share(test["length"][:, :most], gold))
-    at = quantities.chosen_size(validation)
+    at = quantities.chosen_size(validation, sizes)
     margin = settings.margins.winrate
 
     def add(key, name, unit, values, margin=None, reason=""):

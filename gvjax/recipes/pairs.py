@@ -230,10 +230,7 @@ def joined(first: Pairs, second: Pairs) -> Pairs:
     def join(one, other):
         if isinstance(one, np.ndarray):
             return np.concatenate([one, other])
-        return type(one)(
-            np.concatenate([one.tokens, other.tokens]),
-            np.concatenate([one.lengths, other.lengths]),
-        )
+        return one.followed_by(other)
 
     return Pairs(
         **{

@@ -58,6 +58,13 @@ class _Rows:
         """The rows that an index array, boolean mask or slice picks."""
         return type(self)(self.tokens[rows], self.lengths[rows])
 
+    def followed_by(self, other: Self) -> Self:
+        """These rows, then the other's, which are as wide."""
+        return type(self)(
+            np.concatenate([self.tokens, other.tokens]),
+            np.concatenate([self.lengths, other.lengths]),
+        )
+
     def repeat(self, times: int) -> Self:
         """Every row `times` times, the copies of one row consecutive (the order of a rollout group)."""
         return type(self)(

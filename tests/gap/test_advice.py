@@ -514,3 +514,11 @@ def test_simultaneous_bounds_hold_together():
 def test_impossible_inputs(make_it, message):
     with pytest.raises(ValueError, match=message):
         make_it()
+
+
+def test_an_interval_without_width_on_the_wrong_side_cannot_shrink():
+    exact = change(EQUAL, efficiency=Bounds(1.0, 1.0, 1.0), lead=around(0.0, 0.1))
+    lines = advise(exact).would_change
+    assert lines and not any(
+        "perfect judge gains, which takes" in line for line in lines
+    )

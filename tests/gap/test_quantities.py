@@ -100,7 +100,10 @@ def test_the_best_of_n_by_its_own_scorer_wins_n_over_n_plus_one():
 
 
 def test_n_is_chosen_by_the_mean_over_seeds():
-    assert quantities.chosen_size([[0.0, 0.3, 0.1], [0.0, 0.1, 0.2]]) == 1
+    sizes = (1, 2, 4)
+    assert quantities.chosen_size([[0.0, 0.3, 0.1], [0.0, 0.1, 0.2]], sizes) == 1
+    # A verifier that chooses badly: one sample is no choice.
+    assert quantities.chosen_size([[0.0, -0.1, -0.05]], sizes) == 2
     assert quantities.efficiency(0.1, 0.4) == 0.25
     assert quantities.efficiency(0.1, 0.001) is None
 

@@ -78,6 +78,15 @@ def test_crossed_intervals_cover_95_percent(seeds, seed_sd):
     assert estimate.degrees_of_freedom == pytest.approx(df[0])
 
 
+@pytest.mark.parametrize("seeds", [5, 8])
+def test_crossed_intervals_without_effects_are_not_much_too_wide(seeds):
+    # A difference of log-likelihoods: neither seeds nor pairs have an effect of their own.
+    x = simulate(10, 4000, seeds, 400, 0.0, 0.0, 0.4)
+    variance, df = statistics._crossed_variance(x)
+    half = stats.t.ppf(0.975, df) * np.sqrt(variance)
+    assert 0.95 <= np.mean(np.abs(x.mean((1, 2)) - 0.1) <= half) <= 0.973
+
+
 def test_prompt_only_intervals_would_not_cover():
     """The reason for all this: with 5 seeds, forgetting the seed factor loses coverage."""
     x = simulate(8, 2000, 5, 400, 0.03, 0.3, 0.4)

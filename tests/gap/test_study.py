@@ -56,6 +56,7 @@ TOY = {
         },
         "DPO, more data": {"road": "offline", "data": "augmented", "settings": DPO},
         "RLOO": {"road": "online", "settings": RLOO},
+        "RLOO, more prompts": {"road": "online", "data": "augmented", "settings": RLOO},
         "RLOO from DPO": {"road": "online", "start": "DPO", "settings": RLOO},
         "best of 2": {
             "road": "selection",
@@ -73,8 +74,8 @@ TOY = {
         {"a": "RLOO", "b": "best offline", "task": "hidden_goals", "margin": 0.06},
     ],
 }
-# A seed: SFT; pairs, reward model and best-of-n on both tasks; more pairs; 6 trials on Tour, 3 on the twin.
-STAGES = 2 * (1 + 3 * 2 + 1 + 6 + 3)
+# A seed: SFT; pairs, reward model and best-of-n on both tasks; more pairs; 7 trials on Tour, 3 on the twin.
+STAGES = 2 * (1 + 3 * 2 + 1 + 7 + 3)
 
 
 def start(where: pathlib.Path, name: str, data, *overrides) -> subprocess.Popen:
@@ -292,6 +293,14 @@ ALL_BUT_SFT = {
         ({"best_of_n": [1, 2, 4]}, {("curves", "")}),
         (
             {"augmentation": {"prompts": 64, "samples_per_prompt": 2}},
+            {
+                ("augmented", ""),
+                ("trial", "DPO, more data"),
+                ("trial", "RLOO, more prompts"),
+            },
+        ),
+        (
+            {"augmentation": {"prompts": 32, "samples_per_prompt": 4}},
             {("augmented", ""), ("trial", "DPO, more data")},
         ),
     ],
