@@ -1,4 +1,4 @@
-"""The command line: `gvjax gap`, `compare`, `run`, `sample`, `eval`, `export`, `import`, `data`, `verify`."""
+"""The command line: `gvjax gap`, `compare`, `run`, `sample`, `eval`, `export`, `import`, `data`, `verify`, `bench`."""
 
 import argparse
 import logging
@@ -19,6 +19,7 @@ gvjax takes one preference dataset down both roads of fine-tuning and says, with
   gvjax compare configs/quickstart.yaml      both roads on one task, several seeds, one report
   gvjax run configs/tour/sft.yaml seed=3     one recipe
   gvjax verify                               prove the losses and the theory on this machine
+  gvjax bench                                how fast this machine runs every part, and how fast it could
 """
 
 _OVERRIDES = """\
@@ -73,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from gvjax.gap import calibration
 
         return calibration.main([a for a in arguments[1:] if a != "--calibrate"])
+    if arguments[:1] == ["bench"]:
+        # The same, with the rows in its help.
+        from gvjax import bench
+
+        return bench.main(arguments[1:])
     parsed = _parser().parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO if parsed.verbose else logging.WARNING,
@@ -275,6 +281,9 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         help="prove the losses and the theory on this machine",
         add_help=False,
+    )
+    verbs.add_parser(
+        "bench", help="time every part of the library on this machine", add_help=False
     )
     return parser
 

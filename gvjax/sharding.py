@@ -296,12 +296,17 @@ class ShardedStep:
         self._mesh = mesh
         self._state_shardings = state_shardings
         self._donate = donate
-        self._programs: dict[Any, Callable[..., Any]] = {}
+        self._programs: dict[Any, jax.stages.Compiled] = {}
         self._leaves_by_shapes: dict[Any, list[tuple[str, str]]] = {}
 
     @property
     def compilations(self) -> int:
         return len(self._programs)
+
+    @property
+    def programs(self) -> tuple[jax.stages.Compiled, ...]:
+        """What has been compiled so far, to be looked at."""
+        return tuple(self._programs.values())
 
     def lower(self, state: Any, batch: Any, *frozen: Any) -> jax.stages.Lowered:
         """The step lowered for these shapes (arrays or jax.ShapeDtypeStructs), not yet compiled."""

@@ -24,7 +24,7 @@ LAYERS = {
         "optim",
         "metrics",
     ],
-    3: ["recipes", "gap", "verify", "config", "plan"],
+    3: ["recipes", "gap", "verify", "config", "plan", "bench"],
     4: ["__main__", "commands"],
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
@@ -65,7 +65,7 @@ DOORS = {
     # Two templates: what a model is shown, and what a reader is.
     "jinja2": {"data", "gap"},
     # Tables for people, each beside what it shows; progress where a run is watched.
-    "rich": {"data", "gap", "verify", "metrics", "__main__", "commands"},
+    "rich": {"data", "gap", "verify", "bench", "metrics", "__main__", "commands"},
     # Converting weights of other libraries, which is what these packages are for.
     "safetensors": {"models"},
     "gguf": {"models"},

@@ -245,6 +245,11 @@ class CompiledTraining:
             split = NamedSharding(self._ground.mesh, P())
         return jax.device_put(leaf, split)
 
+    @property
+    def programs(self) -> tuple[jax.stages.Compiled, ...]:
+        """The compiled step, one program for every shape of batch seen so far."""
+        return () if self._step is None else self._step.programs
+
     def trained_on(self) -> Any:
         """The batch of the latest update."""
         return self._batch

@@ -1,0 +1,238 @@
+"""Measuring: warm up, repeat, take the median, say how far the repeats lie apart."""
+
+import dataclasses
+import os
+import pathlib
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gvjax.recipes.loop import Clock
+
+WARM_UPS = 2
+"""Calls before the first that counts: one compiles, one more lets caches and allocators settle."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Something to time, ready to run.
+
+    Attributes:
+      once: `(number of the call, clock) -> arrays to wait for`; parts of a round go on the clock.
+      tokens: real tokens of one call, prompts and completions; 0 where that means nothing.
+      samples: rows of one call (sequences, pairs, completions); 0 where that means nothing.
+      flops: operations the mathematics needs; see `gvjax.models.cost`.
+      moved: bytes that must be moved; None where operations are the bound.
+      padding: share of the positions of a call that hold no token.
+      reading: `(seconds of a call, seconds of its parts) -> seconds that count`.
+      rest: what a call does that is not on the clock; "" where everything is, or nothing.
+      compiled_memory: peak bytes on a device by the compiler's own account of the (training) program; None: unknown.
+    """
+
+    once: Callable[[int, Clock], Any]
+    tokens: int = 0
+    samples: int = 0
+    flops: float = 0.0
+    moved: float | None = None
+    padding: float = 0.0
+    reading: Callable[[float, Mapping[str, float]], float] = lambda whole, parts: whole
+    rest: str = ""
+    compiled_memory: Callable[[], int | None] = lambda: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What the machine does at best, measured.
+
+    Attributes:
+      flops: operations a second of one large matrix product, on all devices together.
+      bytes: bytes a second read and written by one large copy, on all devices together.
+    """
+
+    flops: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table; None is unknown or meaningless there.
+
+    Attributes:
+      name: what was timed.
+      seconds: median over the repeats.
+      spread: (slowest − fastest) / median.
+      cpu_seconds: median processor time of this process; on a shared CPU a steadier yardstick than the clock. Where a row
+        is a part of what was run, that part of it.
+      tokens_per_second, samples_per_second: by the median.
+      mfu: share of the measured matrix-product rate that the useful operations come to.
+      of_bandwidth: share of the measured copy bandwidth that the bytes it must move come to.
+      padding: share of positions without a token.
+      shares: of the parts of a round.
+      first_seconds: how much longer the first call took: tracing and compiling.
+      peak_memory: bytes, the most that one device held while this row ran (on a CPU: the process); None where the
+        device does not say, or held more before.
+      compiled_memory: bytes, the compiler's account of the training program.
+    """
+
+    name: str
+    seconds: float
+    spread: float
+    cpu_seconds: float
+    repeats: int
+    tokens_per_second: float | None = None
+    samples_per_second: float | None = None
+    mfu: float | None = None
+    of_bandwidth: float | None = None
+    padding: float | None = None
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    first_seconds: float | None = None
+    peak_memory: int | None = None
+    compiled_memory: int | None = None
+
+
+def measure(name: str, work: Work, *, repeats: int, ceilings: Ceilings) -> Row:
+    """Times a piece of work.
+
+    Args:
+      name: of the row.
+      work: what to time.
+      repeats: >= 1, calls that count.
+      ceilings: what its rates are divided by.
+    """
+    peak = _PeakMemory()
+    begun = time.perf_counter()
+    jax.block_until_ready(work.once(0, Clock()))
+    first = time.perf_counter() - begun
+    for number in range(1, WARM_UPS):
+        jax.block_until_ready(work.once(number, Clock()))
+    seconds, cpu, shares = [], [], list[dict[str, float]]()
+    for number in range(WARM_UPS, WARM_UPS + repeats):
+        clock = Clock()
+        clock.waits = True
+        begun, begun_cpu = time.perf_counter(), time.process_time()
+        jax.block_until_ready(work.once(number, clock))
+        whole = time.perf_counter() - begun
+        counted = work.reading(whole, clock.seconds)
+        seconds.append(counted)
+        cpu.append((time.process_time() - begun_cpu) * counted / whole)
+        parts = {part: taken / whole for part, taken in clock.seconds.items()}
+        if work.rest:
+            parts[work.rest] = 1.0 - sum(parts.values())
+        shares.append(parts)
+    median = statistics.median(seconds)
+
+    def rate(amount: float) -> float | None:
+        # A difference of two measurements can come out negative on a busy machine; it has no rate then.
+        return amount / median if amount and median > 0 else None
+
+    flops, moved = rate(work.flops), rate(work.moved or 0)
+    return Row(
+        name=name,
+        seconds=median,
+        spread=(max(seconds) - min(seconds)) / median if median > 0 else float("inf"),
+        cpu_seconds=statistics.median(cpu),
+        repeats=repeats,
+        tokens_per_second=rate(work.tokens),
+        samples_per_second=rate(work.samples),
+        mfu=None if flops is None or work.moved else flops / ceilings.flops,
+        of_bandwidth=None if moved is None else moved / ceilings.bytes,
+        padding=work.padding if work.tokens else None,
+        shares={
+            part: statistics.median(each.get(part, 0.0) for each in shares)
+            for part in shares[0]
+        },
+        first_seconds=max(first - statistics.median(seconds), 0.0),
+        peak_memory=peak.bytes(),
+        compiled_memory=work.compiled_memory(),
+    )
+
+
+def ceilings(dtype: str, *, small: bool = False) -> Ceilings:
+    """Measures the machine: one large matrix product and one large copy, the best of several.
+
+    Args:
+      dtype: of the product's inputs; sums are float32.
+      small: sizes that take milliseconds, for tests.
+    """
+    accelerator = jax.default_backend() != "cpu"
+    size = 128 if small else 8192 if accelerator else 2048
+    matrix = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
+    # Beyond every cache, or it would measure that.
+    count = (2**16 if small else 2**28) // 4
+    numbers = jnp.ones(count, jnp.float32)
+    copy = jax.jit(lambda x: x * 1.5)
+    devices = jax.device_count()
+    return Ceilings(
+        flops=devices * 2 * size**3 / _best(product, matrix),
+        bytes=devices * 2 * numbers.nbytes / _best(copy, numbers),
+    )
+
+
+def _best(program, argument, repeats: int = 10) -> float:
+    jax.block_until_ready(program(argument))
+    taken = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        jax.block_until_ready(program(argument))
+        taken.append(time.perf_counter() - begun)
+    return min(taken)
+
+
+class _PeakMemory:
+    """The most bytes held since this was made, where that can be known.
+
+    Accelerators say what they held at most since the process began; that speaks of this row only if it rose. Linux
+    forgets a process' peak on demand.
+    """
+
+    def __init__(self) -> None:
+        self._before = _device_peak()
+        self._resettable = False
+        if self._before is None:
+            try:
+                pathlib.Path("/proc/self/clear_refs").write_text("5")
+                self._resettable = True
+            except OSError:
+                self._before = _process_peak()
+
+    def bytes(self) -> int | None:
+        device = _device_peak()
+        now = device if device is not None else _process_peak()
+        risen = self._resettable or self._before is None or now > self._before
+        return now if risen else None
+
+
+def _device_peak() -> int | None:
+    found = [
+        stats["peak_bytes_in_use"]
+        for device in jax.local_devices()
+        if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats
+    ]
+    return max(found, default=None)
+
+
+def _process_peak() -> int:
+    try:
+        status = pathlib.Path("/proc/self/status").read_text()
+        kilobytes = next(s for s in status.splitlines() if s.startswith("VmHWM"))
+        return int(kilobytes.split()[1]) * 1024
+    except (OSError, StopIteration):
+        # Kilobytes on Linux, bytes on a Mac.
+        unit = 1 if os.uname().sysname == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_limit() -> int | None:
+    """Bytes that one device (on a CPU: the machine) has; None where nobody says."""
+    for device in jax.local_devices():
+        if (stats := device.memory_stats()) and "bytes_limit" in stats:
+            return stats["bytes_limit"]
+    if jax.default_backend() != "cpu":
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,468 @@
+"""The rows: for each what it runs, and what that must cost at least."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gvjax import config, steps
+from gvjax.bench.footing import BATCHES, SEED, Footing
+from gvjax.bench.timing import Work
+from gvjax.checkpoint import Checkpoints
+from gvjax.data import schema, sources
+from gvjax.data.ahead import Ahead
+from gvjax.data.batches import Batches, Examples, LengthPolicy, encode_rows
+from gvjax.data.tokenizer import ByteTokenizer
+from gvjax.models import cost, transformer
+from gvjax.recipes import dpo, online_dpo, policy_gradient, ppo, reward, sft
+from gvjax.recipes.ground import (
+    CompiledTraining,
+    reward_scorer,
+    role_key,
+    role_rng,
+    sampler,
+    scorer,
+)
+from gvjax.recipes.loop import Clock
+from gvjax.types import Params, SequenceBatch
+
+POOLING = "last"
+"""What the reward model's head reads, as most published ones do."""
+
+
+@contextlib.contextmanager
+def work(name: str, footing: Footing) -> Iterator[Work]:
+    """The work of a row, for as long as it is timed; what it held is freed behind it."""
+    with contextlib.ExitStack() as stack:
+        yield _MAKERS[name](footing, stack)
+
+
+# Training.
+
+
+def program_memory(program: jax.stages.Compiled, platform: str) -> int | None:
+    """Bytes that a program holds at most on one device, by the compiler's account; None where it keeps none."""
+    stats = program.memory_analysis()
+    if stats is None:
+        return None
+    if platform != "cpu":
+        # Arguments and temporaries together would count twice what is donated.
+        return stats.peak_memory_in_bytes
+    # There, the peak leaves the temporaries out.
+    return (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+    )
+
+
+def _memory(compiled: CompiledTraining, platform: str) -> int | None:
+    found = [program_memory(program, platform) for program in compiled.programs]
+    return max((each for each in found if each is not None), default=None)
+
+
+def _training(
+    footing: Footing,
+    compiled: CompiledTraining,
+    params: Params,
+    batches: list[Any],
+    **counts: Any,
+) -> Work:
+    state = compiled.start(params)
+
+    def once(number: int, clock: Clock):
+        nonlocal state
+        with clock.part("data") as made:
+            batch = footing.ground.put(batches[number % len(batches)])
+            made.append(batch)
+        state, metrics = compiled.step(state, batch)
+        return metrics
+
+    return Work(
+        once,
+        rest="train",
+        compiled_memory=functools.partial(_memory, compiled, footing.request.platform),
+        **counts,
+    )
+
+
+def _of_sequences(footing: Footing, *, forwards: float, heads: bool) -> dict[str, Any]:
+    """Counts of a step over the batch's sequences at full length."""
+    sizes, model = footing.request.sizes, footing.request.model
+    flops = cost.forward_flops(
+        model, sizes.length, scored=sizes.completion if heads else 0
+    )
+    return {
+        "tokens": sizes.batch * sizes.length,
+        "flops": sizes.batch * forwards * flops,
+    }
+
+
+def _sft(footing: Footing, stack) -> Work:
+    size = footing.request.sizes.batch
+    compiled, _ = sft.program(footing.ground, config.SftSection(batch_size=size))
+    batches = [footing.sequences("sft", i, size) for i in range(BATCHES)]
+    counts = _of_sequences(footing, forwards=cost.TRAINING, heads=True)
+    return _training(footing, compiled, footing.policy, batches, samples=size, **counts)
+
+
+def _reward(footing: Footing, stack) -> Work:
+    size = footing.request.sizes.batch // 2
+    section = config.RewardSection(batch_size=size, pooling=POOLING)
+    compiled, _ = reward.program(footing.ground, section)
+    batches = [footing.pairs("reward", i, size) for i in range(BATCHES)]
+    counts = _of_sequences(footing, forwards=cost.TRAINING, heads=False)
+    start = footing.reward_model
+    return _training(footing, compiled, start, batches, samples=size, **counts)
+
+
+def _dpo(footing: Footing, stack) -> Work:
+    size = footing.request.sizes.batch // 2
+    section = config.DpoSection(batch_size=size, beta=0.1)
+    compiled, _ = dpo.program(footing.ground, section)
+    batches = [footing.pairs("dpo", i, size) for i in range(BATCHES)]
+    counts = _of_sequences(footing, forwards=cost.TRAINING, heads=True)
+    return _training(footing, compiled, footing.policy, batches, samples=size, **counts)
+
+
+def _reference(footing: Footing, stack) -> Work:
+    size = footing.request.sizes.batch // 2
+    ground = footing.ground
+    score = jax.jit(functools.partial(steps.with_ref_logps, ground.logps_fn))
+    batches = [footing.pairs("reference", i, size) for i in range(BATCHES)]
+
+    def once(number: int, clock: Clock):
+        scored = score(footing.policy, ground.put(batches[number % BATCHES]))
+        return scored.ref_chosen_logps, scored.ref_rejected_logps
+
+    counts = _of_sequences(footing, forwards=1, heads=True)
+    return Work(once, samples=size, **counts)
+
+
+# Rollouts.
+
+
+def _prefill_program(footing: Footing) -> Callable[..., Any]:
+    """`(params, tokens, lengths) -> logits` after running prompts into an empty cache, with all a sampler does first."""
+    model, mesh = footing.request.model, footing.request.mesh
+    sizes = footing.request.sizes
+    decode = transformer.decode_fn(model, mesh=mesh)
+
+    @jax.jit
+    def prefill(params, tokens, lengths):
+        places = jnp.arange(sizes.prompt)[None]
+        positions = jnp.where(places < lengths[:, None], places, -1)
+        cache = transformer.init_cache(model, len(tokens), sizes.length, mesh=mesh)
+        params = transformer.decode_params(model, params)
+        return decode(params, tokens, positions, cache)
+
+    return prefill
+
+
+def _prefill(footing: Footing, stack) -> Work:
+    sizes, model = footing.request.sizes, footing.request.model
+    program = _prefill_program(footing)
+    tokens, lengths, _ = footing.prompts("prefill", 0, sizes.batch)
+    return Work(
+        lambda number, clock: program(footing.policy, tokens, lengths),
+        tokens=sizes.batch * sizes.prompt,
+        samples=sizes.batch,
+        flops=sizes.batch * cost.forward_flops(model, sizes.prompt, scored=1),
+    )
+
+
+def _decode(footing: Footing, stack) -> Work:
+    """All steps of a completion together, less the prefill: one step alone would be timed with its launch."""
+    sizes, model = footing.request.sizes, footing.request.model
+    prefill, sample = _prefill_program(footing), sampler(footing.ground, 1)
+    tokens, lengths, ids = footing.prompts("decode", 0, sizes.batch)
+
+    def once(number: int, clock: Clock):
+        key = role_key(SEED, "bench decode", number)
+        with clock.part("prefill") as made:
+            made.append(prefill(footing.policy, tokens, lengths))
+        with clock.part("generate") as made:
+            rollouts = sample(footing.policy, tokens, lengths, key, ids)
+            made.append(rollouts)
+        return rollouts
+
+    # The first token comes out of the prefill.
+    count = sizes.completion - 1
+    return Work(
+        once,
+        tokens=sizes.batch,
+        samples=sizes.batch,
+        moved=cost.decode_bytes(
+            model, sizes.batch, sizes.prompt + sizes.completion / 2
+        ),
+        reading=lambda _, parts: (parts["generate"] - parts["prefill"]) / count,
+    )
+
+
+def _round(
+    footing: Footing,
+    compiled: CompiledTraining,
+    start: Params,
+    policy_of: Callable[[Params], Params],
+    prepare: Callable[[Any, Any, Clock], Any],
+    *,
+    updates: int,
+    flops: float,
+) -> Work:
+    """Generate, score, prepare (which takes the reference's log-probabilities) and update, as the recipes do."""
+    sizes, ground = footing.request.sizes, footing.ground
+    prompts = sizes.batch // sizes.group
+    sample = sampler(ground, sizes.group)
+    score = reward_scorer(ground, POOLING)
+    state = compiled.start(start)
+
+    def once(number: int, clock: Clock):
+        nonlocal state
+        with clock.part("data") as made:
+            tokens, lengths, ids = footing.prompts("online", number, prompts)
+            made.append(tokens)
+        key = role_key(SEED, "bench online", number)
+        with clock.part("generate") as made:
+            rollouts = sample(policy_of(state.params), tokens, lengths, key, ids)
+            made.append(rollouts)
+        with clock.part("score") as made:
+            rewards = score(
+                footing.reward_model, rollouts.tokens, rollouts.completion_mask
+            )
+            rollouts = dataclasses.replace(rollouts, rewards=rewards)
+            made.append(rewards)
+        with clock.part("reference") as made:
+            batch = prepare(state.params, rollouts, clock)
+            made.append(batch)
+        for _ in range(updates):
+            state, metrics = compiled.step(state, batch)
+        return metrics
+
+    model = footing.request.model
+    made = prompts * cost.grouped_flops(
+        model, sizes.prompt, sizes.completion, sizes.group
+    )
+    scored = sizes.batch * cost.forward_flops(model, sizes.length, scored=0)
+    return Work(
+        once,
+        tokens=sizes.batch * sizes.length,
+        samples=sizes.batch,
+        flops=made + scored + flops,
+        rest="train",
+        compiled_memory=functools.partial(_memory, compiled, footing.request.platform),
+    )
+
+
+def _ref_logps(footing: Footing, rollouts):
+    sequences = SequenceBatch(rollouts.tokens, rollouts.completion_mask)
+    return scorer(footing.ground)(footing.policy, sequences)
+
+
+def _online_dpo(footing: Footing, stack) -> Work:
+    sizes, model = footing.request.sizes, footing.request.model
+    prompts = sizes.batch // sizes.group
+    section = config.OnlineDpoSection(
+        prompts_per_step=prompts, samples_per_prompt=sizes.group
+    )
+    compiled, _, pair_up, add_ref = online_dpo.program(footing.ground, section)
+
+    def prepare(params, rollouts, clock):
+        return add_ref(footing.policy, pair_up(rollouts))
+
+    # The best and the worst of each prompt are learned from.
+    forward = cost.forward_flops(model, sizes.length, scored=sizes.completion)
+    return _round(
+        footing,
+        compiled,
+        footing.policy,
+        lambda params: params,
+        prepare,
+        updates=section.epochs,
+        flops=2 * prompts * (1 + cost.TRAINING * section.epochs) * forward,
+    )
+
+
+def _policy_gradient(footing: Footing, stack, **settings: Any) -> Work:
+    sizes, model = footing.request.sizes, footing.request.model
+    section = config.PolicyGradientSection(
+        prompts_per_step=sizes.batch // sizes.group,
+        samples_per_prompt=sizes.group,
+        **settings,
+    )
+    compiled, _, make_batch = policy_gradient.program(footing.ground, section)
+
+    def prepare(params, rollouts, clock):
+        return make_batch(rollouts, _ref_logps(footing, rollouts))[0]
+
+    forward = cost.forward_flops(model, sizes.length, scored=sizes.completion)
+    return _round(
+        footing,
+        compiled,
+        footing.policy,
+        lambda params: params,
+        prepare,
+        updates=section.epochs,
+        flops=sizes.batch * (1 + cost.TRAINING * section.epochs) * forward,
+    )
+
+
+def _ppo(footing: Footing, stack) -> Work:
+    sizes, model = footing.request.sizes, footing.request.model
+    section = config.PpoSection(
+        prompts_per_step=sizes.batch // sizes.group, samples_per_prompt=sizes.group
+    )
+    compiled, _, make_batch = ppo.program(footing.ground, section)
+    critic = footing.ground.init_reward_model(
+        role_key(SEED, "bench critic"), footing.policy, zero_head=True
+    )
+
+    def prepare(params, rollouts, clock):
+        return make_batch(params["value"], rollouts, _ref_logps(footing, rollouts))[0]
+
+    policy = cost.forward_flops(model, sizes.length, scored=sizes.completion)
+    value = cost.forward_flops(model, sizes.length, scored=0)
+    trained = cost.TRAINING * section.epochs
+    return _round(
+        footing,
+        compiled,
+        {"policy": footing.policy, "value": critic},
+        lambda params: params["policy"],
+        prepare,
+        updates=section.epochs,
+        flops=sizes.batch * (1 + trained) * (policy + value),
+    )
+
+
+# Disk and data.
+
+
+def _checkpoints(footing: Footing, stack: contextlib.ExitStack):
+    """(checkpoints in a temporary directory, a train state, its bytes)."""
+    size = footing.request.sizes.batch
+    compiled, _ = sft.program(footing.ground, config.SftSection(batch_size=size))
+    state = compiled.start(footing.policy)
+    directory = stack.enter_context(tempfile.TemporaryDirectory())
+    kept = Checkpoints(pathlib.Path(directory), every_steps=1, keep_latest=1)
+    stack.enter_context(kept)
+    return kept, state, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def _save(footing: Footing, stack: contextlib.ExitStack) -> Work:
+    kept, state, held = _checkpoints(footing, stack)
+
+    def once(number: int, clock: Clock):
+        with clock.part("copy"):
+            kept.save(number + 1, state, {})
+        with clock.part("write"):
+            kept.wait()
+
+    return Work(once, moved=held)
+
+
+def _restore(footing: Footing, stack: contextlib.ExitStack) -> Work:
+    kept, state, held = _checkpoints(footing, stack)
+    kept.save(1, state, {})
+    kept.wait()
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding
+        ),
+        state,
+    )
+    return Work(lambda number, clock: kept.restore(abstract).state, moved=held)
+
+
+ROWS_OF_TEXT = 512
+
+
+def _text(footing: Footing, kind: type[schema.Row]) -> sources.Rows:
+    """Rows of random letters of mixed lengths: from an eighth of the longest to all of it, with BOS and EOS."""
+    sizes = footing.request.sizes
+    rng = role_rng(SEED, "bench text")
+
+    def letters(longest: int) -> str:
+        count = int(rng.integers(max(longest // 8, 1), longest))
+        return bytes(rng.integers(97, 123, count, dtype=np.uint8)).decode()
+
+    def row() -> schema.Row:
+        texts = [letters(sizes.completion - 1) for _ in range(2)]
+        if kind is schema.PreferenceRow:
+            return schema.PreferenceRow(letters(sizes.prompt - 1), *texts)
+        return schema.DemonstrationRow(letters(sizes.prompt - 1), texts[0])
+
+    return sources.from_rows([row() for _ in range(ROWS_OF_TEXT)])
+
+
+def _examples(footing: Footing, kind: type[schema.Row]) -> Examples:
+    sizes = footing.request.sizes
+    # Quarters of the longest, so that a short row is not padded to the end.
+    buckets = sorted({-(-sizes.length * part // 4) for part in (1, 2, 3, 4)})
+    policy = LengthPolicy(tuple(each for each in buckets if each >= 2))
+    return encode_rows(_text(footing, kind), ByteTokenizer(), policy)
+
+
+def _encode(footing: Footing, stack) -> Work:
+    rows = _text(footing, schema.PreferenceRow)
+    policy = LengthPolicy((footing.request.sizes.length,))
+
+    def once(number: int, clock: Clock):
+        encode_rows(rows, ByteTokenizer(), policy)
+
+    return Work(once, samples=len(rows))
+
+
+def _data(footing: Footing, stack) -> Work:
+    """SFT fed by the input pipeline; one compiled program for each bucket, so the first calls do not count."""
+    size, ground = footing.request.sizes.batch, footing.ground
+    compiled, _ = sft.program(ground, config.SftSection(batch_size=size))
+    state = compiled.start(footing.policy)
+    examples = _examples(footing, schema.DemonstrationRow)
+    batches = Batches(examples, batch_size=size, seed=SEED, packing=True)
+    feed = Ahead(batches.batch_at)
+
+    def once(number: int, clock: Clock):
+        nonlocal state
+        with clock.part("data"):
+            # Not waited for: the copy to the device overlaps the step before, as in a run.
+            batch = ground.put(feed(number))
+        state, metrics = compiled.step(state, batch)
+        return metrics
+
+    return Work(
+        once,
+        samples=size,
+        rest="train",
+        compiled_memory=functools.partial(_memory, compiled, footing.request.platform),
+    )
+
+
+_MAKERS: dict[str, Callable[[Footing, contextlib.ExitStack], Work]] = {
+    "sft": _sft,
+    "reward": _reward,
+    "dpo": _dpo,
+    "reference": _reference,
+    "online_dpo": _online_dpo,
+    "rloo": functools.partial(_policy_gradient, algorithm="rloo"),
+    "grpo": functools.partial(
+        _policy_gradient,
+        algorithm="grpo",
+        kl_in="loss",
+        kl_estimator="k3",
+        kl_coef=0.04,
+    ),
+    "ppo": _ppo,
+    "prefill": _prefill,
+    "decode": _decode,
+    "save": _save,
+    "restore": _restore,
+    "encode": _encode,
+    "data": _data,
+}
