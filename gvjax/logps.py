@@ -35,20 +35,22 @@ def chunked_token_logps(
     unembed: jax.Array,
     tokens: jax.Array,
     *,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
     logits_fn: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """`token_logps(hidden @ unembed, tokens)`, never holding more than a chunk of the logits.
 
-    Positions are flattened to `[B·(T − 1), D]` and walked through in chunks; each chunk's logits are recomputed in
-    the backward pass, so peak memory is `chunk_size · V` floats in both directions.
+    Positions are flattened to `[B·(T − 1), D]` and walked through in chunks of one size; each chunk's logits are
+    recomputed in the backward pass, so peak memory is `chunk_size · V` floats in both directions.
 
     Args:
       hidden: [B, T, D], final hidden states; position t predicts token t + 1. The last predicts nothing and may be left
         out: [B, T − 1, D] gives the same.
       unembed: [D, V].
       tokens: int32[B, T].
-      chunk_size: > 0, positions per chunk. A chunk that holds all positions is computed in one piece and kept.
+      chunk_size: > 0, most positions per chunk. A chunk that holds all positions is computed in one piece and kept. None
+        is as many as have 2²⁵ logits (128 MiB), at least 1024: recomputing costs a product more, so what is small is
+        kept.
       logits_fn: what to do to the float32 logits of a chunk (a soft cap, say); None leaves them.
 
     Returns:
@@ -61,6 +63,8 @@ def chunked_token_logps(
         chex.assert_equal_shape_prefix(
             [hidden, tokens], 2, custom_message="arguments hidden and tokens"
         )
+    if chunk_size is None:
+        chunk_size = max(1024, 2**25 // unembed.shape[1])
     if chunk_size <= 0:
         raise ValueError(f"chunk_size is {chunk_size}; it must be positive, e.g. 1024")
     (batch, length), width = tokens.shape, hidden.shape[-1]
@@ -78,7 +82,9 @@ def chunked_token_logps(
     if predicted <= chunk_size:
         return _align(logps_of(states, targets).reshape(batch, length - 1))
 
+    # The fewest chunks that will do, of one size: filling the last one up to `chunk_size` could double the work.
     chunks = -(-predicted // chunk_size)
+    chunk_size = -(-predicted // chunks)
     padding = chunks * chunk_size - predicted
     states = jnp.pad(states, ((0, padding), (0, 0))).reshape(chunks, chunk_size, width)
     targets = jnp.pad(targets, (0, padding)).reshape(chunks, chunk_size)

@@ -172,6 +172,43 @@ class LogpsFn(Protocol):
     def __call__(self, params: Params, tokens: jax.Array, /) -> jax.Array: ...
 
 
+class GroupLogpsFn(Protocol):
+    """Log-probabilities of completions that share their prompt.
+
+    `(params, prompts int32[N, P], prompt_lengths int32[N], completions int32[N, k, C]) -> f32[N, k, C]`, nats: `[n, i, t]`
+    is log p(completions[n, i, t] | the first prompt_lengths[n] tokens of prompts[n], completions[n, i, :t]). Prompts are
+    padded on the right and have at least one token; what stands behind a completion changes nothing before it.
+    """
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: jax.Array,
+        prompt_lengths: jax.Array,
+        completions: jax.Array,
+        /,
+    ) -> jax.Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedPrompts:
+    """A model that runs each prompt once for its group of completions; steps take it in a LogpsFn's place.
+
+    The rows of a batch stay as they are, whole sequences, a group's in consecutive rows: completions of one prompt, or
+    the two of a pair.
+
+    Attributes:
+      logps_fn: GroupLogpsFn.
+      prompt_length, completion_length: at least the longest of each in any batch. Longer ones would be cut.
+      group_size: k, rows to a prompt; 2 for pairs.
+    """
+
+    logps_fn: GroupLogpsFn
+    prompt_length: int
+    completion_length: int
+    group_size: int
+
+
 class ApplyFn(Protocol):
     """A plain forward pass: `(params, tokens int32[B, T]) -> logits f32[B, T, V]`."""
 

@@ -480,28 +480,65 @@ def hidden(
       [B, T, D] in the config's dtype.
     """
     chex.assert_rank(tokens, 2)
+    if config.learned_positions is not None:
+        if segments is not None:
+            raise ValueError(
+                "learned positions count from the start of a row, so rows cannot be packed; use rotary embeddings"
+            )
+        if tokens.shape[1] > config.learned_positions:
+            raise ValueError(
+                f"sequences of {tokens.shape[1]} tokens exceed learned_positions {config.learned_positions}; raise it"
+            )
+    platform = platform_of(mesh, platform)
+
+    def attend(layer: int, queries, keys, values):
+        return causal_attention(
+            queries,
+            keys,
+            values,
+            config=config.attention(layer),
+            segments=segments,
+            platform=platform,
+            mesh=mesh,
+        )
+
+    positions = jnp.arange(tokens.shape[1])[None]
+    return run_layers(config, params, tokens, positions, attend, mesh=mesh)
+
+
+def run_layers(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array],
+    *,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """The embeddings, all layers and the last norm, whoever says which token attends to which.
+
+    Args:
+      config, params, mesh: as for `hidden`.
+      tokens: int32[B, T].
+      positions: int32[B, T] or [1, T], the position of each in its sequence, from 0.
+      attend: `(layer, queries [B, T, H, hd], keys [B, T, K, hd], values [B, T, K, hd]) -> [B, T, H, hd]`.
+
+    Returns:
+      [B, T, D] in the config's dtype.
+    """
     batch, length = tokens.shape
-    platform = _platform(mesh, platform)
-    positions = jnp.arange(length)[None]
 
     def run(layer: int):
         rotation = _rotation(positions, config, layer)
 
-        def attend(queries, keys, values):
-            out = causal_attention(
-                queries,
-                keys,
-                values,
-                config=config.attention(layer),
-                segments=segments,
-                platform=platform,
-                mesh=mesh,
-            )
-            return out, None
-
         def apply_layer(x, layer_params):
-            variables = {"params": layer_params}
-            x, _ = Block(config).apply(variables, x, batch, rotation, attend)
+            x, _ = Block(config).apply(
+                {"params": layer_params},
+                x,
+                batch,
+                rotation,
+                lambda *heads: (attend(layer, *heads), None),
+            )
             return _constrain(x, mesh)
 
         if config.remat == "none":
@@ -510,15 +547,6 @@ def hidden(
         policy = dots if config.remat == "dots" else None
         return jax.checkpoint(apply_layer, policy=policy)
 
-    if config.learned_positions is not None:
-        if segments is not None:
-            raise ValueError(
-                "learned positions count from the start of a row, so rows cannot be packed; use rotary embeddings"
-            )
-        if length > config.learned_positions:
-            raise ValueError(
-                f"sequences of {length} tokens exceed learned_positions {config.learned_positions}; raise it"
-            )
     x = _constrain(_embed(config, params, tokens, positions), mesh)
     # A scan walks over whole periods, so that what differs between layers stays static; the rest is unrolled.
     period = config.period
@@ -565,7 +593,7 @@ def apply(
 def token_logps_fn(
     config: ModelConfig,
     *,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
     mesh: Mesh | None = None,
     platform: str | None = None,
 ) -> Callable[..., jax.Array]:
@@ -573,7 +601,7 @@ def token_logps_fn(
 
     Args:
       config: ModelConfig.
-      chunk_size: positions whose logits exist at one time.
+      chunk_size: most positions whose logits exist at one time; None: see `logps.chunked_token_logps`.
       mesh, platform: as for `hidden`.
 
     Returns:
@@ -581,11 +609,8 @@ def token_logps_fn(
       token of every row, and of every segment, gets 0: nothing predicts it.
     """
 
-    def softcap(logits):
-        return _softcap(logits, config.logit_softcap)
-
     # The last token predicts nothing. On a CPU it need not be run; accelerators prefer lengths that are powers of two.
-    drop_last = _platform(mesh, platform) in (None, "cpu")
+    drop_last = platform_of(mesh, platform) in (None, "cpu")
 
     def logps_fn(params, tokens, segments=None):
         stop = tokens.shape[1] - 1 if drop_last and tokens.shape[1] > 1 else None
@@ -597,19 +622,30 @@ def token_logps_fn(
             mesh=mesh,
             platform=platform,
         )
-        result = logps.chunked_token_logps(
-            states,
-            unembedding(config, params),
-            tokens,
-            chunk_size=chunk_size,
-            logits_fn=softcap,
-        )
+        result = logps_of_states(config, params, states, tokens, chunk_size)
         if segments is None:
             return result
         starts = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
         return jnp.where(starts, 0.0, result)
 
     return logps_fn
+
+
+def logps_of_states(
+    config: ModelConfig,
+    params: Params,
+    states: jax.Array,
+    tokens: jax.Array,
+    chunk_size: int | None = None,
+) -> jax.Array:
+    """`logps.chunked_token_logps` of hidden states under this model's unembedding and soft cap."""
+    return logps.chunked_token_logps(
+        states,
+        unembedding(config, params),
+        tokens,
+        chunk_size=chunk_size,
+        logits_fn=lambda logits: _softcap(logits, config.logit_softcap),
+    )
 
 
 # Decoding.
@@ -679,7 +715,7 @@ def decode_fn(
       `(params, tokens int32[B, S], positions int32[B, S], cache) -> (logits f32[B, V], cache)`; `positions` count from
       0 in each row, −1 marks padding; the logits are those after each row's token of the highest position.
     """
-    platform = _platform(mesh, platform)
+    platform = platform_of(mesh, platform)
 
     def decode(params, tokens, positions, cache):
         batch, count = tokens.shape
@@ -824,7 +860,8 @@ def _rotate(x: jax.Array, rotation) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def _platform(mesh: Mesh | None, platform: str | None) -> str | None:
+def platform_of(mesh: Mesh | None, platform: str | None) -> str | None:
+    """What a program runs on: what is said, else the mesh's platform, else None."""
     if platform is None and mesh is not None:
         return mesh.devices.flat[0].platform
     return platform

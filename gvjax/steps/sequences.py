@@ -14,6 +14,7 @@ from gvjax.types import (
     PolicyBatch,
     PreferenceBatch,
     SequenceBatch,
+    SharedPrompts,
     UnpairedBatch,
 )
 
@@ -60,7 +61,7 @@ def predicted_mask(batch: SequenceBatch) -> jax.Array:
 
 
 def completion_logps(
-    logps_fn: LogpsFn, params: Params, batch: SequenceBatch
+    logps_fn: LogpsFn | SharedPrompts, params: Params, batch: SequenceBatch
 ) -> jax.Array:
     """f32[B, T]: log-probabilities of the completion tokens, nats, 0 elsewhere.
 
@@ -68,7 +69,9 @@ def completion_logps(
     """
     check_sequences(batch=batch)
     tokens = jnp.asarray(batch.tokens)
-    if batch.segments is None:
+    if isinstance(logps_fn, SharedPrompts):
+        logps = _shared_logps(logps_fn, params, batch)
+    elif batch.segments is None:
         logps = logps_fn(params, tokens)
     else:
         packed: Callable[..., jax.Array] = logps_fn
@@ -81,7 +84,46 @@ def completion_logps(
     return masked.select(logps, predicted_mask(batch))
 
 
-def summed_logps(logps_fn: LogpsFn, params: Params, batch: SequenceBatch) -> jax.Array:
+def _shared_logps(
+    model: SharedPrompts, params: Params, batch: SequenceBatch
+) -> jax.Array:
+    """f32[B, T]: as a LogpsFn's on the completions, 0 on prompts."""
+    rows, width = batch.tokens.shape
+    group, length = model.group_size, model.completion_length
+    if rows % group:
+        raise ValueError(
+            f"{rows} rows are not whole groups of {group}; the completions of one prompt stand in consecutive rows"
+        )
+    if batch.segments is not None:
+        raise ValueError(
+            "these sequences are packed (they have `segments`), so a row has more than one prompt; give a LogpsFn"
+        )
+    tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.completion_mask)
+    # Where a completion is empty nobody sees where its prompt ends; the others of the group know.
+    starts = jnp.where(mask.any(axis=1), mask.argmax(axis=1), width)
+    starts = starts.reshape(-1, group)
+    known = jnp.argmin(starts, axis=1)[:, None]
+    starts = jnp.take_along_axis(starts, known, axis=1)
+    prompts = jnp.take_along_axis(
+        tokens.reshape(-1, group, width), known[:, :, None], axis=1
+    )[:, 0, : model.prompt_length]
+    places = jnp.arange(width) - jnp.repeat(starts, group, axis=0)
+    at = jnp.repeat(starts, group, axis=0) + jnp.arange(length)
+    completions = jnp.take_along_axis(tokens, jnp.minimum(at, width - 1), axis=1)
+    logps = model.logps_fn(
+        params,
+        prompts,
+        jnp.minimum(starts[:, 0], model.prompt_length),
+        completions.reshape(-1, group, length),
+    ).reshape(rows, length)
+    inside = (places >= 0) & (places < length)
+    at = jnp.clip(places, 0, length - 1)
+    return jnp.where(inside, jnp.take_along_axis(logps, at, axis=1), 0.0)
+
+
+def summed_logps(
+    logps_fn: LogpsFn | SharedPrompts, params: Params, batch: SequenceBatch
+) -> jax.Array:
     """f32[B]: log-probability of each whole completion, nats; 0 for an empty one."""
     if batch.segments is not None:
         raise ValueError(
@@ -133,7 +175,7 @@ def interleave(first: SequenceBatch, second: SequenceBatch) -> SequenceBatch:
 
 
 def paired_logps(
-    logps_fn: LogpsFn, params: Params, batch: PreferenceBatch
+    logps_fn: LogpsFn | SharedPrompts, params: Params, batch: PreferenceBatch
 ) -> tuple[jax.Array, jax.Array]:
     """(chosen f32[B], rejected f32[B]): log-probabilities of both completions of every pair, in one forward pass."""
     check_sequences(chosen=batch.chosen, rejected=batch.rejected)
@@ -143,7 +185,7 @@ def paired_logps(
 
 
 def with_ref_logps(
-    logps_fn: LogpsFn,
+    logps_fn: LogpsFn | SharedPrompts,
     ref_params: Params,
     batch: PreferenceBatch | UnpairedBatch | PolicyBatch,
 ):

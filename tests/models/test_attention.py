@@ -47,6 +47,41 @@ def test_blocks_of_queries_see_what_the_definition_says(length, config):
         )
 
 
+@pytest.mark.parametrize(
+    "config",
+    [AttentionConfig(0.5), AttentionConfig(0.5, window=150, softcap=0.7)],
+    ids=["global", "local"],
+)
+def test_the_gradient_written_out_is_the_derived_one(config):
+    length = 140  # two blocks
+    rng = np.random.default_rng(1)
+    queries, weights = rng.normal(size=(2, 1, length, 2, 4))
+    keys, values = rng.normal(size=(2, 1, length, 1, 4))
+    segments = jnp.asarray(np.sort(rng.integers(1, 3, (1, length)), axis=1))
+    mask = np.tril(np.ones((length, length), bool))
+    mask &= segments[0][:, None] == segments[0][None]
+    if config.window is not None:
+        mask &= ~np.tril(mask, -config.window)
+
+    def plain(queries, keys, values):
+        scores = config.scale * jnp.einsum("bshd,btgd->bhst", queries, keys)
+        if config.softcap is not None:
+            scores = config.softcap * jnp.tanh(scores / config.softcap)
+        seen = jax.nn.softmax(jnp.where(mask, scores, -1e30))
+        return jnp.sum(jnp.einsum("bhst,btgd->bshd", seen, values) * weights)
+
+    def ours(queries, keys, values):
+        out = causal_attention(queries, keys, values, config=config, segments=segments)
+        return jnp.sum(out * weights)
+
+    arrays = [jnp.asarray(x, jnp.float32) for x in (queries, keys, values)]
+    got, expected = (
+        jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*arrays) for f in (ours, plain)
+    )
+    for one, other in zip(got, expected):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
 def test_rotation_turns_pairs_of_the_rotated_part_only():
     config = transformer.ModelConfig(
         vocab_size=2,
