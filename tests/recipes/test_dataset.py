@@ -1,7 +1,12 @@
 """Recipes on rows from files: a language model, real preference pairs, both roads, and back to transformers."""
 
+import gzip
+import importlib.util
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import chex
 import jax
@@ -148,8 +153,6 @@ def test_prompts_pairs_and_demonstrations_are_the_rows(task):
     )
     texts = [task.decode(row[:n]) for row, n in zip(prompts.tokens, prompts.lengths)]
     # The row itself, in whatever order: the samples hold it with its answers.
-    import gzip
-
     with gzip.open(SAMPLES / "ultrafeedback_binarized.train.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     for i, text in enumerate(texts):
@@ -401,6 +404,41 @@ def test_an_exported_policy_has_the_bits_and_the_tokenizer(made, place, checkpoi
     assert main(["export", made("sft"), str(place / "out")]) == 64
     assert main(["export", made("sft"), str(place / "o2"), "--pad-token", "x"]) == 64
     assert main(["export", made("reward"), str(place / "o3"), "--pad-token", "x"]) == 64
+
+
+@pytest.mark.slow
+def test_transformers_answers_as_the_run_did(made, place, task):
+    """Where torch and transformers are installed, here or in the Python that GVJAX_TRANSFORMERS_PYTHON names."""
+    python = os.environ.get("GVJAX_TRANSFORMERS_PYTHON")
+    if python is None and all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        python = sys.executable
+    if python is None:
+        pytest.skip("torch and transformers are not installed")
+    policy, judge = place / "live-policy", place / "live-reward"
+    export.export(made("sft"), policy)
+    export.export(made("reward"), judge)
+    prompts = task.prompts(np.random.default_rng(0), 4, "test")
+    chosen, _ = task.pairs(prompts)
+    # The classifier's padding, which no row holds; a cut completion has no EOS, and is scored at its last token too.
+    rows = sequences(prompts, chosen, 1)
+    lengths = prompts.lengths + chosen.lengths
+    for directory in (policy, judge):
+        np.save(directory / "tokens.npy", rows.tokens)
+    script = pathlib.Path(__file__).parent.parent / "golden" / "make_hf.py"
+    quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    quiet.pop("PYTHONPATH", None)
+    command = [python, str(script), "answer", str(policy), str(judge)]
+    done = subprocess.run(command, env=quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = single.finished(made("sft"))
+    logits = transformer.apply(run.ground.model, run.policy(), rows.tokens)
+    got = np.load(policy / "answer" / "logits.npy")
+    real = np.arange(rows.tokens.shape[1]) < lengths[:, None]
+    np.testing.assert_allclose(got[real], np.asarray(logits)[real], atol=1e-4)
+    model = single.finished(made("reward")).reward_model()
+    rewards = reward_all(run.ground, "last", model.params, rows)
+    got = np.load(judge / "answer" / "logits.npy")[:, 0]
+    np.testing.assert_allclose(got, rewards, atol=1e-4)
 
 
 # What is refused, before any device is touched.
