@@ -1,6 +1,7 @@
 """What the verbs of the command line do."""
 
 import argparse
+import pathlib
 
 import jax
 import numpy as np
@@ -233,6 +234,23 @@ def data(arguments: argparse.Namespace) -> int:
             inspect.stats(rows, examples, other=other)
     except ValueError as error:
         raise config.ConfigError(f"task: {error}") from None
+    return 0
+
+
+def puzzles(arguments: argparse.Namespace) -> int:
+    """Writes procedural puzzles as rows."""
+    from gvjax.data import puzzles as making
+
+    options = config.options(arguments.overrides)
+    sizes = {"train": arguments.train, "test": arguments.test}
+    directory = pathlib.Path(arguments.directory)
+    try:
+        making.write(
+            arguments.task, directory, sizes, seed=arguments.seed, options=options
+        )
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from None
+    Console().print(f"{arguments.task} written to {directory}", highlight=False)
     return 0
 
 

@@ -357,6 +357,24 @@ def test_the_number_in_an_answer_is_the_gold_reward(write, place):
         task.reward(Prompts(prompts.tokens, prompts.lengths), solutions)
 
 
+def test_a_puzzles_own_verifier_is_the_gold_reward(write, place):
+    (place / "puzzle").mkdir()
+    for split in ("train", "test"):
+        lines = []
+        for n in range(4):
+            known = {"task": "countdown", "numbers": [n, 2], "target": n + 2}
+            row = {"prompt": f"{split} {n} 2 = {n + 2}", "completion": f"2+{n}"}
+            lines.append(json.dumps({**row, "answer": json.dumps(known)}))
+        (place / "puzzle" / f"{split}.jsonl").write_text("\n".join(lines))
+    rows = {"source": "jsonl", "path": str(place / "puzzle"), "drop": []}
+    made = task_of(config.load(write("p", "sft", {"gold": "puzzle"}, rows)).task, 0)
+    prompts = made.prompts(np.random.default_rng(0), 4, "train")
+    own = made.demonstrations(np.random.default_rng(0), prompts)
+    np.testing.assert_array_equal(made.reward(prompts, own), np.ones(4))
+    others = own.take([1, 2, 3, 0])
+    np.testing.assert_array_equal(made.reward(prompts, others), np.zeros(4))
+
+
 @pytest.mark.slow
 def test_a_verifier_trains_a_policy_on_word_problems(write, place):
     rows = {"source": "svamp", "path": str(place / "svamp"), "drop": []}
@@ -484,7 +502,7 @@ REFUSED = {
     "gold that is not there": (
         "sft",
         {"task": {"gold": "nowhere"}},
-        "neither `number` nor a directory",
+        "neither number nor puzzle nor a directory",
     ),
     "an unknown template": (
         "sft",
