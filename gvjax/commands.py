@@ -28,9 +28,11 @@ from gvjax.judges.llm import JudgeError
 from gvjax.judges.verifier import VerifierError
 from gvjax.recipes import reward, single
 from gvjax.recipes.checks import SelfCheckError
+from gvjax.recipes.dataset import Dataset
 from gvjax.recipes.evaluation import evaluate_margins
 from gvjax.recipes.ground import role_rng
 from gvjax.recipes.loop import NonFiniteError, PreemptedError
+from gvjax.recipes.pairs import implicit_margins
 
 EXPECTED = (
     BusyError,
@@ -178,6 +180,14 @@ def eval(arguments: argparse.Namespace) -> int:
             _add_mean(table, "gold reward", judged.gold)
         _add_mean(table, "KL to the starting policy, nats", judged.kl)
         _add_mean(table, "length, tokens", judged.completions.lengths)
+        if isinstance(done.task, Dataset) and done.task.has_pairs:
+            pairs = single.heldout_pairs(done, arguments.prompts, arguments.seed)
+            margins = implicit_margins(done.ground, done.policy(), pairs)
+            found = evaluate_margins(margins, np.ones(len(pairs)), fit_scale=True)
+            likelihoods = statistics.pair_log_likelihoods(found.scale * margins)
+            _add_mean(table, "log-likelihood of held-out pairs at best β", likelihoods)
+            right = np.where(margins == 0, 0.5, margins > 0)
+            _add_mean(table, "implicit accuracy on held-out pairs", right)
     Console().print(table)
     return 0
 

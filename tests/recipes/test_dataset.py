@@ -459,6 +459,17 @@ def test_transformers_answers_as_the_run_did(made, place, task):
     np.testing.assert_allclose(got, rewards, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_the_command_line_judges_and_samples_without_a_gold_reward(made, capsys):
+    assert main(["eval", made("sft"), "--prompts", "600"]) == 0
+    judged = capsys.readouterr().out
+    assert "KL" in judged and "held-out pairs" in judged and "gold" not in judged
+    assert main(["eval", made("reward")]) == 0
+    assert "accuracy on labels" in capsys.readouterr().out
+    assert main(["sample", made("sft"), "-n", "2"]) == 0
+    assert "What" in capsys.readouterr().out
+
+
 # What is refused, before any device is touched.
 
 
