@@ -41,8 +41,13 @@ def smollm2() -> pathlib.Path:
 
 
 @pytest.mark.slow
-def test_both_roads_take_their_first_steps(tmp_path, monkeypatch):
+def test_both_roads_take_their_first_steps(tmp_path, monkeypatch, request):
     path = smollm2()
+    # Programs that run for two steps are not worth compiling well: thirty layers take minutes.
+    jax.config.update("jax_disable_most_optimizations", True)
+    request.addfinalizer(
+        lambda: jax.config.update("jax_disable_most_optimizations", False)
+    )
     make, one = sharding.make_mesh, jax.devices()[:1]
     monkeypatch.setattr(sharding, "make_mesh", lambda **axes: make(devices=one))
     export.convert(str(path), tmp_path / "model")
