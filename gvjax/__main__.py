@@ -1,4 +1,4 @@
-"""The command line: `gvjax gap`, `compare`, `run`, `sample`, `eval`, `export`, `import`, `data`, `verify`, `bench`."""
+"""The command line: `gvjax gap`, `compare`, `run`, `sample`, `eval`, `export`, `import`, `data`, `puzzles`, `verify`, `bench`."""
 
 import argparse
 import logging
@@ -277,6 +277,22 @@ def _parser() -> argparse.ArgumentParser:
         "-n", "--rows", type=_count, default=4, help="how many rows to show"
     )
     data.add_argument("--seed", type=_seed, default=0, help="of the rows shown")
+    puzzles = verb(
+        "puzzles",
+        "write puzzles of reasoning-gym as rows, with verifiers of our own",
+        "Tasks where an answer is harder to find than to check (countdown, word_ladder, graph_color,\n"
+        "palindrome_generation, prime_factorization, kakurasu, mini_sudoku), and controls (chain_sum, gcd,\n"
+        "letter_counting, spell_backward). In a config: source: jsonl, gold: puzzle. Needs the extra `puzzles`.",
+        "  gvjax puzzles countdown data/countdown min_numbers=3 max_numbers=3\n",
+    )
+    puzzles.add_argument("task", metavar="TASK")
+    puzzles.add_argument("directory", metavar="OUT", help="for train and test.jsonl")
+    puzzles.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="options of the task"
+    )
+    puzzles.add_argument("--train", type=_count, default=1000, help="rows")
+    puzzles.add_argument("--test", type=_count, default=200, help="rows")
+    puzzles.add_argument("--seed", type=_seed, default=0, help="of the items")
     verbs.add_parser(
         "verify",
         help="prove the losses and the theory on this machine",

@@ -1,6 +1,7 @@
 """What the verbs of the command line do."""
 
 import argparse
+import pathlib
 
 import jax
 import numpy as np
@@ -27,9 +28,11 @@ from gvjax.judges.llm import JudgeError
 from gvjax.judges.verifier import VerifierError
 from gvjax.recipes import reward, single
 from gvjax.recipes.checks import SelfCheckError
+from gvjax.recipes.dataset import Dataset
 from gvjax.recipes.evaluation import evaluate_margins
 from gvjax.recipes.ground import role_rng
 from gvjax.recipes.loop import NonFiniteError, PreemptedError
+from gvjax.recipes.pairs import implicit_margins
 
 EXPECTED = (
     BusyError,
@@ -177,6 +180,14 @@ def eval(arguments: argparse.Namespace) -> int:
             _add_mean(table, "gold reward", judged.gold)
         _add_mean(table, "KL to the starting policy, nats", judged.kl)
         _add_mean(table, "length, tokens", judged.completions.lengths)
+        if isinstance(done.task, Dataset) and done.task.has_pairs:
+            pairs = single.heldout_pairs(done, arguments.prompts, arguments.seed)
+            margins = implicit_margins(done.ground, done.policy(), pairs)
+            found = evaluate_margins(margins, np.ones(len(pairs)), fit_scale=True)
+            likelihoods = statistics.pair_log_likelihoods(found.scale * margins)
+            _add_mean(table, "log-likelihood of held-out pairs at best β", likelihoods)
+            right = np.where(margins == 0, 0.5, margins > 0)
+            _add_mean(table, "implicit accuracy on held-out pairs", right)
     Console().print(table)
     return 0
 
@@ -233,6 +244,23 @@ def data(arguments: argparse.Namespace) -> int:
             inspect.stats(rows, examples, other=other)
     except ValueError as error:
         raise config.ConfigError(f"task: {error}") from None
+    return 0
+
+
+def puzzles(arguments: argparse.Namespace) -> int:
+    """Writes procedural puzzles as rows."""
+    from gvjax.data import puzzles as making
+
+    options = config.options(arguments.overrides)
+    sizes = {"train": arguments.train, "test": arguments.test}
+    directory = pathlib.Path(arguments.directory)
+    try:
+        making.write(
+            arguments.task, directory, sizes, seed=arguments.seed, options=options
+        )
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from None
+    Console().print(f"{arguments.task} written to {directory}", highlight=False)
     return 0
 
 

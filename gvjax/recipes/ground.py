@@ -89,8 +89,12 @@ class Ground:
         """A policy as plain parameters, its adapters added to the kernels."""
         if self.lora is None or "lora" not in policy:
             return policy
-        return jax.jit(functools.partial(lora.merge, config=self.lora))(
-            policy["base"], policy["lora"]
+        return sharding.init_sharded(
+            functools.partial(lora.merge, config=self.lora),
+            self.mesh,
+            self.rules,
+            policy["base"],
+            policy["lora"],
         )
 
     def reward_fn(self, pooling: heads.Pooling) -> RewardFn:

@@ -7,14 +7,14 @@ import json
 import logging
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import jax
 import numpy as np
 
 from gvjax import config
-from gvjax.data import answers, schema, sources, templates, tokenizer
+from gvjax.data import answers, puzzles, schema, sources, templates, tokenizer
 from gvjax.data.batches import Examples, LengthPolicy, encode_rows
 from gvjax.models import heads, hf, weights
 from gvjax.recipes.dataset import Dataset, Judge, RowPrompts, Table
@@ -145,12 +145,12 @@ def _read(section: config.DatasetSection) -> Dataset:
     tables = {split: _table(*each, section) for split, each in read.items()}
     table, splits = _joined(tables)
     splits = _without_leaks(section.name, table, splits)
-    if section.gold == "number":
+    if section.gold in _ANSWERS:
         used = np.concatenate(list(splits.values()))
         missing = sum(table.answers[row] is None for row in used)
         if missing:
             raise ValueError(
-                f"gold is number, but {missing} of {len(used)} rows of {section.rows.source} have no answer to compare"
+                f"gold is {section.gold}, but {missing} of {len(used)} rows of {section.rows.source} have no answer to compare"
                 " with"
             )
     shown = [section.model_dump(exclude={"prepared", "name"})]
@@ -264,18 +264,24 @@ def _without_leaks(
 
 # Gold rewards.
 
+_ANSWERS: Mapping[str, Callable[[str, str], bool]] = {
+    "number": answers.is_right,
+    "puzzle": puzzles.is_right,
+}
+"""`(completion, the row's answer) -> right or not`, by the name that a config gives."""
+
 
 def _judge(
     section: config.DatasetSection, encoding: Encoding
 ) -> tuple[Judge | None, tuple[float, float] | None]:
     if section.gold is None:
         return None, None
-    if section.gold == "number":
-        return _numbers, (0.0, 1.0)
+    if section.gold in _ANSWERS:
+        return functools.partial(_checked, _ANSWERS[section.gold]), (0.0, 1.0)
     directory = pathlib.Path(section.gold)
     if not (directory / "config.json").exists():
         raise ValueError(
-            f"gold is {section.gold!r}, which is neither `number` nor a directory with a reward model of transformers"
+            f"gold is {section.gold!r}, which is neither {' nor '.join(_ANSWERS)} nor a directory with a reward model of transformers"
         )
     theirs = tokenizer.Tokenizer(directory)
     words = "The gold reward reads the same ids: 2024, naïve, 東京."
@@ -287,17 +293,20 @@ def _judge(
     return _RewardModelJudge(directory), (-np.inf, np.inf)
 
 
-def _numbers(
-    prompts: RowPrompts, completions: Completions, dataset: Dataset
+def _checked(
+    is_right: Callable[[str, str], bool],
+    prompts: RowPrompts,
+    completions: Completions,
+    dataset: Dataset,
 ) -> np.ndarray:
-    """1 where the last number is the row's answer, else 0."""
+    """1 where a completion is right by the row's answer, else 0."""
     right = []
     for row, tokens, length in zip(
         prompts.rows, completions.tokens, completions.lengths
     ):
         answer = dataset.table.answers[row]
         text = dataset.decode(tokens[:length])
-        right.append(answer is not None and answers.is_right(text, answer))
+        right.append(answer is not None and is_right(text, answer))
     return np.array(right, np.float32)
 
 

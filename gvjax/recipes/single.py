@@ -279,7 +279,7 @@ def judge(
     run: Finished, *, prompts: int, seed: int
 ) -> tuple[PolicyEvaluation, Prompts]:
     """One temperature-1 completion of each of some test prompts, judged; KL is to the policy the run started from."""
-    chosen = run.task.prompts(role_rng(seed, "judged prompts"), prompts, "test")
+    chosen = judged_prompts(run, prompts, seed)
     policy = run.policy()
     reference = policy if run.settings.settings.recipe == "sft" else started(run)
     judged = evaluate_policy(
@@ -288,18 +288,24 @@ def judge(
     return judged, chosen
 
 
+def judged_prompts(run: Finished, count: int, seed: int) -> Prompts:
+    """Test prompts; of a dataset with fewer rows, all that there are."""
+    if isinstance(run.task, Dataset):
+        count = min(count, run.task.size("test"))
+    return run.task.prompts(role_rng(seed, "judged prompts"), count, "test")
+
+
 def heldout_pairs(run: Finished, count: int, seed: int) -> Pairs:
     """Labelled pairs on test prompts: a dataset's, else fresh ones of the policy that the run started from."""
-    prompts = run.task.prompts(role_rng(seed, "judged prompts"), count, "test")
-    assert run.settings.pairs is not None
+    tau = (run.settings.pairs or config.PairsSection()).tau
     return labelled_pairs(
         run.ground,
         run.task,
         started(run),
-        prompts,
+        judged_prompts(run, count, seed),
         seed=seed,
         role="judge",
-        tau=run.settings.pairs.tau,
+        tau=tau,
     )
 
 

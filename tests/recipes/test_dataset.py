@@ -1,7 +1,12 @@
 """Recipes on rows from files: a language model, real preference pairs, both roads, and back to transformers."""
 
+import gzip
+import importlib.util
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import chex
 import jax
@@ -22,7 +27,7 @@ SAMPLES = pathlib.Path(__file__).parent.parent / "data" / "samples"
 MODEL = ModelConfig(
     vocab_size=608,
     embed_dim=16,
-    num_layers=2,
+    num_layers=1,
     num_heads=2,
     num_kv_heads=1,
     mlp_dim=32,
@@ -36,12 +41,14 @@ GROUPS = {**ONLINE, "samples_per_prompt": 2}
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_device():
-    """These tests are about recipes, and eight virtual devices cost time."""
+    """These tests are about recipes: eight virtual devices, and programs compiled to be fast, cost time."""
+    jax.config.update("jax_disable_most_optimizations", True)
     patch, make = pytest.MonkeyPatch(), sharding.make_mesh
     one = jax.devices()[:1]
     patch.setattr(sharding, "make_mesh", lambda **axes: make(devices=one))
     yield
     patch.undo()
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +155,6 @@ def test_prompts_pairs_and_demonstrations_are_the_rows(task):
     )
     texts = [task.decode(row[:n]) for row, n in zip(prompts.tokens, prompts.lengths)]
     # The row itself, in whatever order: the samples hold it with its answers.
-    import gzip
-
     with gzip.open(SAMPLES / "ultrafeedback_binarized.train.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     for i, text in enumerate(texts):
@@ -227,11 +232,6 @@ def test_the_datasets_own_pairs_are_what_is_learned_from(task, write, checkpoint
 
 CASES = {
     "dpo": {"pairs": {"count": 12, "heldout": 4}, "settings": {"batch_size": 4}},
-    "hypo": {
-        "lora": LORA,
-        "pairs": {"count": 12, "heldout": 4},
-        "settings": {"batch_size": 4, "on_policy_prompts": 4},
-    },
     "online_dpo": {"settings": GROUPS},
     "policy_gradient": {"lora": LORA, "settings": {**GROUPS, "algorithm": "grpo"}},
     "ppo": {"lora": LORA, "settings": GROUPS},
@@ -251,16 +251,16 @@ def test_every_recipe_runs_on_real_pairs(recipe, write, made, place):
     else:
         # Selection may start from the checkpoint itself.
         case["start"] = None
-    if recipe not in ("dpo", "hypo"):
+    if recipe != "dpo":
         case["reward_model"] = made("reward")
     case = {"start": made("sft"), **case}
     settings_of = config.load(write(recipe, recipe, settings=settings, **case))
     result = single.run(settings_of)
     assert "gold" not in result and result["length"] >= 1 and np.isfinite(result["kl"])
-    assert ("reward" in result) == (recipe not in ("dpo", "hypo", "best_of_n"))
+    assert ("reward" in result) == (recipe not in ("dpo", "best_of_n"))
     if recipe == "best_of_n":
         return
-    if recipe in ("dpo", "hypo"):
+    if recipe == "dpo":
         assert metrics_of(place / recipe)[0]["loss"] == pytest.approx(np.log(2))
         assert 0 <= result["implicit_accuracy"] <= 1
     before = single.finished(made("sft")).policy()
@@ -354,6 +354,24 @@ def test_the_number_in_an_answer_is_the_gold_reward(write, place):
         task.reward(Prompts(prompts.tokens, prompts.lengths), solutions)
 
 
+def test_a_puzzles_own_verifier_is_the_gold_reward(write, place):
+    (place / "puzzle").mkdir()
+    for split in ("train", "test"):
+        lines = []
+        for n in range(4):
+            known = {"task": "countdown", "numbers": [n, 2], "target": n + 2}
+            row = {"prompt": f"{split} {n} 2 = {n + 2}", "completion": f"2+{n}"}
+            lines.append(json.dumps({**row, "answer": json.dumps(known)}))
+        (place / "puzzle" / f"{split}.jsonl").write_text("\n".join(lines))
+    rows = {"source": "jsonl", "path": str(place / "puzzle"), "drop": []}
+    made = task_of(config.load(write("p", "sft", {"gold": "puzzle"}, rows)).task, 0)
+    prompts = made.prompts(np.random.default_rng(0), 4, "train")
+    own = made.demonstrations(np.random.default_rng(0), prompts)
+    np.testing.assert_array_equal(made.reward(prompts, own), np.ones(4))
+    others = own.take([1, 2, 3, 0])
+    np.testing.assert_array_equal(made.reward(prompts, others), np.zeros(4))
+
+
 @pytest.mark.slow
 def test_a_verifier_trains_a_policy_on_word_problems(write, place):
     rows = {"source": "svamp", "path": str(place / "svamp"), "drop": []}
@@ -403,6 +421,52 @@ def test_an_exported_policy_has_the_bits_and_the_tokenizer(made, place, checkpoi
     assert main(["export", made("reward"), str(place / "o3"), "--pad-token", "x"]) == 64
 
 
+@pytest.mark.slow
+def test_transformers_answers_as_the_run_did(made, place, task):
+    """Where torch and transformers are installed, here or in the Python that GVJAX_TRANSFORMERS_PYTHON names."""
+    python = os.environ.get("GVJAX_TRANSFORMERS_PYTHON")
+    if python is None and all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        python = sys.executable
+    if python is None:
+        pytest.skip("torch and transformers are not installed")
+    policy, judge = place / "live-policy", place / "live-reward"
+    export.export(made("sft"), policy)
+    export.export(made("reward"), judge)
+    prompts = task.prompts(np.random.default_rng(0), 4, "test")
+    chosen, _ = task.pairs(prompts)
+    # The classifier's padding, which no row holds; a cut completion has no EOS, and is scored at its last token too.
+    rows = sequences(prompts, chosen, 1)
+    lengths = prompts.lengths + chosen.lengths
+    for directory in (policy, judge):
+        np.save(directory / "tokens.npy", rows.tokens)
+    script = pathlib.Path(__file__).parent.parent / "golden" / "make_hf.py"
+    quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    quiet.pop("PYTHONPATH", None)
+    command = [python, str(script), "answer", str(policy), str(judge)]
+    done = subprocess.run(command, env=quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = single.finished(made("sft"))
+    logits = transformer.apply(run.ground.model, run.policy(), rows.tokens)
+    got = np.load(policy / "answer" / "logits.npy")
+    real = np.arange(rows.tokens.shape[1]) < lengths[:, None]
+    np.testing.assert_allclose(got[real], np.asarray(logits)[real], atol=1e-4)
+    model = single.finished(made("reward")).reward_model()
+    rewards = reward_all(run.ground, "last", model.params, rows)
+    got = np.load(judge / "answer" / "logits.npy")[:, 0]
+    np.testing.assert_allclose(got, rewards, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_command_line_judges_and_samples_without_a_gold_reward(made, capsys):
+    assert main(["eval", made("sft"), "--prompts", "600"]) == 0
+    judged = capsys.readouterr().out
+    assert "KL" in judged and "held-out pairs" in judged and "gold" not in judged
+    assert main(["eval", made("reward")]) == 0
+    assert "accuracy on labels" in capsys.readouterr().out
+    assert main(["sample", made("sft"), "-n", "2"]) == 0
+    assert "What" in capsys.readouterr().out
+
+
 # What is refused, before any device is touched.
 
 
@@ -446,7 +510,7 @@ REFUSED = {
     "gold that is not there": (
         "sft",
         {"task": {"gold": "nowhere"}},
-        "neither `number` nor a directory",
+        "neither number nor puzzle nor a directory",
     ),
     "an unknown template": (
         "sft",
