@@ -173,7 +173,7 @@ def batches():
 def traced(settings) -> str:
     """The programs of a recipe over a model of one number, as text."""
     module = MODULES[type(settings)]
-    program = module._program.__wrapped__(GROUND, settings)
+    program = module.program.__wrapped__(GROUND, settings)
     (step, tx), *others = program
     sequences, pairs, rollouts = batches()
     params = {"w": jnp.asarray(0.5)}
