@@ -29,7 +29,7 @@ from gvjax.recipes import (
     sft,
 )
 from gvjax.recipes.evaluation import evaluate_policy
-from gvjax.recipes.ground import score_all
+from gvjax.recipes.ground import role_key, score_all
 from gvjax.recipes.rewards import make_rewards, reward_rows
 from gvjax.types import PreferenceBatch, Rollouts, SequenceBatch
 
@@ -723,6 +723,27 @@ LEARNS = {
         config.RejectionSection(steps=60, n=8, rewards=GOLD, optimizer=optimizer(3e-3)),
     ),
 }
+
+
+def test_gold_rises_clearly_from_random_parameters_to_sft(inputs):
+    start = inputs.ground.init_policy(role_key(0, "init"))
+    before, after = (
+        evaluate_policy(
+            inputs.ground, inputs.task, params, start, inputs.validation, seed=1
+        ).gold.mean()
+        for params in (start, inputs.policy)
+    )
+    assert after > before + 0.3
+
+
+def test_gold_rises_clearly_where_the_trained_reward_model_chooses(inputs):
+    prompts = inputs.validation.take(slice(60))
+    learned = config.BestOfNSection(n=4, rewards=config.RewardSources())
+    chosen = best_of_n.evaluate(learned, inputs, prompts, role="bon").gold
+    one = evaluate_policy(
+        inputs.ground, inputs.task, inputs.policy, inputs.policy, prompts, seed=0
+    )
+    assert chosen.mean() > one.gold.mean() + 0.1
 
 
 @pytest.mark.parametrize("name", marked(LEARNS))
