@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.table import Table
 from scipy import special
 
-from gvjax import config, distributed
+from gvjax import config, distributed, metrics
 from gvjax.checkpoint import CheckpointError
 from gvjax.gap import statistics
 from gvjax.gap.compare import compare as compare_roads
@@ -118,6 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
             return distributed.ExitCode.PREEMPTED
     shown = {name: value for name, value in result.items() if name != "curve"}
     console.print("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+    if shares := _shares(pathlib.Path(settings.run_dir)):
+        console.print(f"time of a round: {shares}", highlight=False)
     console.print(f"kept in {settings.run_dir}", highlight=False)
     return 0
 
@@ -130,6 +132,23 @@ def _other_verb(path: str, settings: config.Section) -> config.ConfigError:
     elif isinstance(settings, config.GapConfig):
         what, verb = "a measurement of the gap", "gap"
     return config.ConfigError(f"{path} describes {what}; run it with `gvjax {verb}`")
+
+
+def _shares(run_dir: pathlib.Path) -> str:
+    """Where the time of the online road went, as far as it was written down; empty for a run that only trains."""
+    path = run_dir / "timing.jsonl"
+    lines = list(metrics.read(path)) if path.exists() else []
+    # The first rounds compile.
+    lines = [line for line in lines if "share/generate" in line][len(lines) // 4 :]
+    if not lines:
+        return ""
+    whole = sum(line["step_time"] for line in lines)
+    spent = {
+        part: sum(line[f"share/{part}"] * line["step_time"] for line in lines)
+        for part in ("generate", "score", "train")
+        if f"share/{part}" in lines[0]
+    }
+    return ", ".join(f"{part} {spent[part] / whole:.0%}" for part in spent)
 
 
 def sample(arguments: argparse.Namespace) -> int:

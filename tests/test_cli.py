@@ -164,6 +164,11 @@ def test_times_are_split_among_generating_scoring_and_training(chain):
         assert all(0 <= share <= 1 for share in shares.values())
         assert abs(sum(shares.values()) - 1) < 1e-6
         assert line["step_time"] > 0
+    _, said = chain
+    share = r"\d+%"
+    line = rf"time of a round: generate {share}, score {share}, train {share}\n"
+    assert re.search(line, said["rloo"][1])
+    assert "time of a round" not in said["dpo"][1]
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ class Scale:
       low, high: data at the ends.
       start, end: drawing units there.
       log: whether it is logarithmic.
+      root: whether it goes with the square root, that of −x being −√x.
     """
 
     low: float
@@ -64,11 +65,16 @@ class Scale:
     start: float
     end: float
     log: bool = False
+    root: bool = False
 
     def __call__(self, value: float) -> float:
         low, high = self.low, self.high
         if self.log:
             low, high, value = math.log(low), math.log(high), math.log(value)
+        if self.root:
+            low, high, value = (
+                math.copysign(math.sqrt(abs(v)), v) for v in (low, high, value)
+            )
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
@@ -79,6 +85,19 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = min((m * power for m in (1, 2, 2.5, 5, 10)), key=lambda s: abs(s - raw))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(i * step, 10) for i in range(first, last + 1)]
+
+
+def root_ticks(high: float, count: int = 8) -> list[float]:
+    """0 and numbers 1, 2 or 5 times a power of ten up to `high`, on a square-root scale at least 1/count of it apart."""
+    power, apart = math.floor(math.log10(high)), math.sqrt(high) / count
+    chosen, last = [0.0], math.inf
+    for value in (
+        m * 10.0**p for p in (power, power - 1, power - 2) for m in (5, 2, 1)
+    ):
+        if value <= high and apart <= math.sqrt(value) <= last - apart:
+            chosen.append(round(value, 10))
+            last = math.sqrt(value)
+    return sorted(chosen)
 
 
 def padded(values: Iterable[float], share: float = 0.06) -> tuple[float, float]:
@@ -193,6 +212,7 @@ def xy(
     x_label: str,
     y_label: str,
     log_x: bool = False,
+    root_x: bool = False,
     x_ticks: Sequence[float] | None = None,
     rules: Sequence[tuple[float, str]] = (),
     height: float = 360,
@@ -204,6 +224,7 @@ def xy(
       series: Series; later ones are drawn on top.
       x_label, y_label: axis titles with units.
       log_x: whether x is logarithmic; then give x_ticks.
+      root_x: whether x goes with its square root.
       x_ticks: where to put ticks; None chooses them.
       rules: (y, name) of horizontal reference lines.
       height: in drawing units.
@@ -224,9 +245,11 @@ def xy(
         x_scale = Scale(min(xs) / 1.1, max(xs) * 1.1, left, right, log=True)
     else:
         low, high = padded((x for x, _ in points), 0.04)
-        low = 0.0 if points and min(x for x, _ in points) >= 0 else low
-        x_scale = Scale(low, high, left, right)
-        xs = list(x_ticks or ticks(low, high, 6))
+        least = min((x for x, _ in points), default=0.0)
+        # A root gives what lies just below 0 more room than it is worth.
+        low = 0.0 if least >= 0 else least if root_x else low
+        x_scale = Scale(low, high, left, right, root=root_x)
+        xs = list(x_ticks or (root_ticks(high) if root_x else ticks(low, high, 6)))
     y_low, y_high = padded([y for _, y in points] + [y for y, _ in rules])
     y_scale = Scale(y_low, y_high, bottom, top)
     parts = []

@@ -111,6 +111,9 @@ def _gather_task(
                     spending.spent(study.reward, ground, study.pairs.count),
                     seconds=result("reward", seed)["seconds"],
                 )
+            # Sweep and reward model read the same labels: they are bought once.
+            labels = study.pairs.count if ledger.labels else 0
+            ledger = dataclasses.replace(ledger, labels=labels)
             setting = _differences(tried[best], arm) if arm.sweep else {}
             seeds.append(
                 _seed_result(seed, trials[best], setting=setting, ledger=ledger)
@@ -258,11 +261,14 @@ def _describe(arm: config.ArmSection) -> str:
     }[arm.data]
     if config.needs_ranked_samples(arm):
         data = ", on the pairs and samples that the reward model ranked"
+    if arm.settings.recipe == "best_of_n":
+        data += ", nothing trained"
     start = "" if arm.start == "sft" else f", from {arm.start}"
     sweep = f"; best of {tried} settings on validation gold" if tried > 1 else ""
-    kept = (
-        "best checkpoint on validation gold"
-        if arm.select == "best"
-        else "last checkpoint"
-    )
-    return f"{what}{data}{start}; {kept}{sweep}"
+    kept = {
+        "best": "; best checkpoint on validation gold",
+        "last": "; last checkpoint",
+    }[arm.select]
+    if arm.settings.recipe == "best_of_n":
+        kept = ""
+    return f"{what}{data}{start}{kept}{sweep}"

@@ -31,9 +31,9 @@ from gvjax.gap.statistics import Estimate
 
 ROADS = {
     "start": "where all arms start",
-    "offline": "offline, from the pairs alone",
+    "offline": "learning from the pairs alone",
     "relabelled": "offline, on samples labelled by the reward model",
-    "online": "online, from its own samples",
+    "online": "learning from its own samples",
     "selection": "choosing among samples, no training",
 }
 """The roads in the order they are shown, in words."""
@@ -148,7 +148,11 @@ def task_context(task: TaskResult) -> dict[str, Any]:
         {
             "prompt": sample.prompt,
             "rows": [
-                (name, sample.completions[name], sample.gold.get(name))
+                (
+                    name,
+                    sample.completions[name],
+                    number(sample.gold[name]) if name in sample.gold else None,
+                )
                 for name in sorted(
                     sample.completions,
                     key=lambda name: shown.index(name) if name in shown else len(shown),
@@ -432,10 +436,11 @@ def _frontier(task: TaskResult) -> Figure:
         series,
         x_label="KL to the SFT policy, nats per completion",
         y_label="gold",
+        root_x=True,
         rules=_optimum(task, arms),
     )
     caption = (
-        "Higher at the same KL is a better use of it. Lines are training runs from the SFT policy on, one per seed; "
+        "Higher at the same KL is a better use of it. KL goes with its square root, which gives small ones room. Lines are training runs from the SFT policy on, one per seed; "
         "large markers are the mean reported checkpoints."
     )
     return Figure(

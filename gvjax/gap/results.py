@@ -27,8 +27,8 @@ class Ledger:
     """What an arm spent. Ledgers add field by field.
 
     Attributes:
-      labels: preference labels bought from the gold judge.
-      prompts: distinct prompts used.
+      labels: preference labels bought from the gold judge; an arm buys a pair's once, however often it is read.
+      prompts: prompts that were sampled on, one as often as it was.
       sampled_tokens: completion tokens generated for training (evaluation is free, since every arm has the same).
       trained_tokens: tokens, prompts included, that went through a training step.
       flops: floating-point operations of sampling, scoring and training.

@@ -58,6 +58,7 @@ class Verifier:
 
     Attributes:
       calls: calls made.
+      error_share: share of the latest batch that went wrong.
       errors: kind -> Errors; the kinds are `raised`, `not a number`, `not finite`, `timed out` and `died`.
     """
 
@@ -104,6 +105,7 @@ class Verifier:
         self._child: _Child | None = None
         self._end_child: weakref.finalize | None = None
         self.calls = 0
+        self.error_share = 0.0
         self.errors: dict[str, Errors] = {}
         problem = self._start()
         if problem is not None:
@@ -132,6 +134,7 @@ class Verifier:
             )
         rewards = np.full(len(prompts), self._error_reward, np.float32)
         kinds: Counter[str] = Counter()
+        self.error_share = 0.0
         allowed = self._max_error_share * len(prompts)
         for row, (prompt, completion) in enumerate(zip(prompts, completions)):
             value, kind, message = self._call(prompt, completion)
@@ -144,6 +147,7 @@ class Verifier:
             )
             self.errors.setdefault(kind, Errors(0, example)).count += 1
             kinds[kind] += 1
+            self.error_share = kinds.total() / len(prompts)
             if kinds.total() > allowed:
                 named = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
                 raise VerifierError(

@@ -45,6 +45,37 @@ def check_masks(batch: SequenceBatch) -> None:
         )
 
 
+def check_endings(
+    ground: Ground, batch: SequenceBatch, *, some_end: bool = False
+) -> None:
+    """Completions must end with the EOS token, once, or fill all the room there is; a task without an EOS passes.
+
+    Args:
+      ground: knows the EOS token and the room.
+      batch: rows of the first batch.
+      some_end: at least one must end, as in demonstrations, or a policy could not learn to stop.
+    """
+    if ground.eos_id is None:
+        return
+    tokens, mask = sharding.fetch((batch.tokens, batch.completion_mask))
+    lengths, ends = mask.sum(axis=1), mask & (tokens == ground.eos_id)
+    last = mask & (np.cumsum(mask, axis=1) == lengths[:, None])
+    ended = (ends & last).any(axis=1)
+    cut_off = ~ends.any(axis=1) & (lengths >= ground.completion_length)
+    wrong = (ends & ~last).any(axis=1) | ~(ended | cut_off | (lengths == 0))
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise SelfCheckError(
+            f"row {row} of the first batch has a completion of {lengths[row]} tokens with {ends[row].sum()} EOS tokens"
+            f" ({ground.eos_id}): give it one, at its end (only one of {ground.completion_length} tokens may lack it)"
+        )
+    if some_end and not ended.any():
+        raise SelfCheckError(
+            f"no completion of the first batch ends with the EOS token ({ground.eos_id}), so that the policy could not"
+            " learn to stop; add it to the demonstrations, or make them shorter"
+        )
+
+
 def check_reference(ground: Ground, params: Params, batch: PreferenceBatch) -> None:
     """A policy that starts at the reference must give the stored reference log-probabilities.
 
@@ -82,6 +113,7 @@ def check_rollouts(ground: Ground, params: Params, rollouts: Rollouts) -> None:
     """The sampler's log-probabilities must be the scorer's, so that the first importance ratio is 1."""
     sequences = SequenceBatch(rollouts.tokens, rollouts.completion_mask)
     check_masks(sequences)
+    check_endings(ground, sequences)
     logps = sharding.fetch(scorer(ground)(params, sequences))
     mask, sampled = sharding.fetch((rollouts.completion_mask, rollouts.logps))
     error = np.abs(np.where(mask, sampled - logps, 0.0)).max()

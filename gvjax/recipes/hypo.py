@@ -73,6 +73,8 @@ def train(
     first = pairs_at(0)
     checks.check_same_everywhere(first)
     checks.check_masks(first.chosen)
+    for side in (first.chosen, first.rejected):
+        checks.check_endings(ground, side)
     checks.check_reference(ground, inputs.policy, first)
     return loop.train(
         run,

@@ -16,8 +16,9 @@ from gvjax import config, losses, steps
 from gvjax.recipes import checks, loop
 from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
+from gvjax.recipes.policy_gradient import rollout_metrics
 from gvjax.recipes.rounds import Sampler, Sampling
-from gvjax.types import PreferenceBatch, Rollouts, SequenceBatch
+from gvjax.types import Metrics, PreferenceBatch, Rollouts, SequenceBatch
 
 
 def train(
@@ -46,14 +47,13 @@ def train(
 
     def advance(state, round_):
         # Sampling every round from the starting policy is the same as sampling all rounds beforehand.
-        rollouts = sample(
+        rollouts, rewards = sample(
             inputs.policy_of(state.params) if continual else inputs.policy, round_
         )
         batch = add_ref(inputs.policy, pair_up(rollouts))
         for _ in range(settings.epochs):
             state, metrics = compiled.step(state, batch, inputs.base)
-        metrics["objective/scores"] = jnp.mean(rollouts.scored())
-        metrics["objective/scores_margin"] = jnp.mean(batch.margin)
+        metrics |= round_metrics(rollouts, batch, metrics, settings, ground.eos_id)
         if round_ == 0 and settings.epochs == 1 and settings.labels == "hard":
             checks.check_first_loss(
                 float(metrics["loss"]),
@@ -61,7 +61,7 @@ def train(
                 "online DPO",
                 tolerance=checks.TOLERANCE[ground.model.dtype],
             )
-        return state, metrics
+        return state, {**metrics, **rewards}
 
     return loop.train(
         run,
@@ -71,12 +71,43 @@ def train(
         evaluate=inputs.evaluate,
         evaluate_every=settings.evaluate_every,
         select=select,
-        shown=("objective/scores", "gold", "kl"),
+        shown=("objective/scores", "objective/kl", "gold", "verifier/error_share"),
         learning_rate=schedule,
         trained_on=compiled.trained_on,
         policy_of=inputs.policy_of,
         updates_per_round=settings.epochs,
     )
+
+
+def round_metrics(
+    rollouts: Rollouts,
+    batch: PreferenceBatch,
+    metrics: Metrics,
+    settings: config.OnlineDpoSection,
+    eos_id: int | None,
+) -> Metrics:
+    """TRL's numbers about a round, those about the KL over the completions of the pairs, which alone are scored.
+
+    Args:
+      rollouts: with rewards.
+      batch: the pairs that were learned from.
+      metrics: of the step.
+      settings: β and the group size.
+      eos_id: of the EOS token, or None.
+    """
+    scores = jnp.mean(rollouts.scored())
+    # The implicit rewards are β times the log-ratios.
+    penalty = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
+    return {
+        **rollout_metrics(
+            rollouts, None, group_size=settings.samples_per_prompt, eos_id=eos_id
+        ),
+        "objective/kl": penalty / settings.beta,
+        "objective/scores": scores,
+        "objective/scores_margin": jnp.mean(batch.margin),
+        "objective/non_score_reward": -penalty,
+        "objective/rlhf_reward": scores - penalty,
+    }
 
 
 def hard_pairs(rollouts: Rollouts, group_size: int) -> PreferenceBatch:

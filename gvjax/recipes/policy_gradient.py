@@ -46,13 +46,13 @@ def train(
     sample = Sampler(inputs, settings.rewards, plan, run.clock)
 
     def advance(state, round_):
-        rollouts = sample(inputs.policy_of(state.params), round_)
+        rollouts, rewards = sample(inputs.policy_of(state.params), round_)
         sequences = SequenceBatch(rollouts.tokens, rollouts.completion_mask)
         ref_logps = scorer(ground)(inputs.policy, sequences)
         batch, numbers = prepare(rollouts, ref_logps)
         for _ in range(settings.epochs):
             state, metrics = compiled.step(state, batch, inputs.base)
-        return state, {**metrics, **numbers}
+        return state, {**metrics, **numbers, **rewards}
 
     return loop.train(
         run,
@@ -62,7 +62,7 @@ def train(
         evaluate=inputs.evaluate,
         evaluate_every=settings.evaluate_every,
         select=select,
-        shown=("reward", "objective/kl", "gold"),
+        shown=("reward", "objective/kl", "gold", "verifier/error_share"),
         learning_rate=schedule,
         trained_on=compiled.trained_on,
         policy_of=inputs.policy_of,
@@ -70,25 +70,52 @@ def train(
     )
 
 
+@functools.partial(jax.jit, static_argnames=("group_size", "eos_id"))
 def rollout_metrics(
-    rollouts: Rollouts, ref_logps: jax.Array, group_size: int
+    rollouts: Rollouts,
+    ref_logps: jax.Array | None,
+    *,
+    group_size: int,
+    eos_id: int | None,
 ) -> dict[str, jax.Array]:
-    """TRL's numbers about a round: rewards, their spread within groups, lengths, and the sequence KL (k1)."""
+    """TRL's numbers about a round: rewards, their spread within groups, lengths, and the sequence KL (k1).
+
+    Args:
+      rollouts: with rewards.
+      ref_logps: f32[B, T]; None leaves the KL out.
+      group_size: completions per prompt.
+      eos_id: of the EOS token; None, where a task has none, leaves out who ended by it and who was cut off.
+    """
     mask = rollouts.completion_mask
     groups = rollouts.scored().reshape(-1, group_size)
     spread = (
         jnp.std(groups, axis=1, ddof=1) if group_size > 1 else jnp.zeros(len(groups))
     )
     lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
-    return {
+    numbers = {
         "reward": jnp.mean(rollouts.scored()),
         "reward_std": jnp.mean(spread),
         "frac_reward_zero_std": jnp.mean((spread == 0) * 1.0),
-        "objective/kl": jnp.mean(masked.sum(rollouts.logps - ref_logps, mask, axis=1)),
         "completions/mean_length": jnp.mean(lengths),
         "completions/min_length": jnp.min(lengths),
         "completions/max_length": jnp.max(lengths),
+        "objective/entropy": jnp.mean(masked.sum(-rollouts.logps, mask, axis=1)),
     }
+    if ref_logps is not None:
+        log_ratios = masked.sum(rollouts.logps - ref_logps, mask, axis=1)
+        numbers["objective/kl"] = jnp.mean(log_ratios)
+    if eos_id is not None:
+        ended = jnp.any(mask & (rollouts.tokens == eos_id), axis=1)
+        some = jnp.any(ended)
+        shortest = jnp.min(jnp.where(ended, lengths, jnp.inf))
+        numbers |= {
+            "completions/clipped_ratio": 1.0 - jnp.mean(ended * 1.0),
+            "completions/mean_terminated_length": masked.mean(lengths, ended),
+            "completions/min_terminated_length": jnp.where(some, shortest, 0.0),
+            "completions/max_terminated_length": jnp.max(ended * lengths),
+            "val/contain_eos_token": jnp.mean(ended * 1.0),
+        }
+    return numbers
 
 
 def make_advantages(settings: config.PolicyGradientSection, rewards: jax.Array):
@@ -156,7 +183,11 @@ def program(ground: Ground, settings: config.PolicyGradientSection):
         batch = steps.policy_batch(
             rollouts, make_advantages(settings, rewards), ref_logps
         )
-        group_size = settings.samples_per_prompt
-        return batch, rollout_metrics(rollouts, ref_logps, group_size)
+        return batch, rollout_metrics(
+            rollouts,
+            ref_logps,
+            group_size=settings.samples_per_prompt,
+            eos_id=ground.eos_id,
+        )
 
     return ground.compiler(make_step, tx), schedule, prepare

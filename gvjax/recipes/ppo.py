@@ -50,7 +50,7 @@ def train(
     sample = Sampler(inputs, settings.rewards, plan, run.clock)
 
     def advance(state, round_):
-        rollouts = sample(inputs.policy_of(state.params["policy"]), round_)
+        rollouts, rewards = sample(inputs.policy_of(state.params["policy"]), round_)
         sequences = SequenceBatch(rollouts.tokens, rollouts.completion_mask)
         ref_logps = scorer(ground)(inputs.policy, sequences)
         batch, numbers = prepare(state.params["value"], rollouts, ref_logps)
@@ -58,7 +58,7 @@ def train(
             state, metrics = compiled.step(state, batch, inputs.base)
             if round_ == epoch == 0:
                 check_first_update(ground, batch, metrics)
-        return state, {**metrics, **numbers}
+        return state, {**metrics, **numbers, **rewards}
 
     return loop.train(
         run,
@@ -68,7 +68,7 @@ def train(
         evaluate=inputs.evaluate,
         evaluate_every=settings.evaluate_every,
         select=select,
-        shown=("objective/scores", "objective/kl", "gold"),
+        shown=("objective/scores", "objective/kl", "gold", "verifier/error_share"),
         learning_rate=schedule,
         trained_on=compiled.trained_on,
         updates_per_round=settings.epochs,
@@ -89,28 +89,6 @@ def check_first_update(ground: Ground, batch: ActorCriticBatch, metrics) -> None
         "PPO policy",
         tolerance=checks.TOLERANCE[ground.model.dtype],
     )
-
-
-def round_metrics(
-    rollouts: Rollouts, ref_logps: jax.Array, penalties: jax.Array, group_size: int
-) -> dict[str, jax.Array]:
-    """TRL's numbers about a round of PPO.
-
-    Args:
-      rollouts: with rewards.
-      ref_logps: f32[B, T].
-      penalties: f32[B], the KL part of each completion's reward, <= 0 on average.
-      group_size: samples per prompt.
-    """
-    scores = jnp.mean(rollouts.scored())
-    surprise = masked.sum(-rollouts.logps, rollouts.completion_mask, axis=1)
-    return {
-        **rollout_metrics(rollouts, ref_logps, group_size),
-        "objective/scores": scores,
-        "objective/non_score_reward": jnp.mean(penalties),
-        "objective/rlhf_reward": scores + jnp.mean(penalties),
-        "objective/entropy": jnp.mean(surprise),
-    }
 
 
 @cached
@@ -149,8 +127,18 @@ def program(ground: Ground, settings: config.PpoSection):
             better = masked.whiten(better, mask)
         policy = steps.policy_batch(rollouts, better, ref_logps)
         penalties = masked.sum(rewards, mask, axis=1) - rollouts.scored()
-        group_size = settings.samples_per_prompt
-        numbers = round_metrics(rollouts, ref_logps, penalties, group_size)
+        scores = jnp.mean(rollouts.scored())
+        numbers = {
+            **rollout_metrics(
+                rollouts,
+                ref_logps,
+                group_size=settings.samples_per_prompt,
+                eos_id=ground.eos_id,
+            ),
+            "objective/scores": scores,
+            "objective/non_score_reward": jnp.mean(penalties),
+            "objective/rlhf_reward": scores + jnp.mean(penalties),
+        }
         return ActorCriticBatch(policy, values, returns), numbers
 
     return ground.compiler(make_step, tx), schedule, prepare

@@ -42,7 +42,7 @@ def train(
     sample = Sampler(inputs, settings.rewards, plan, run.clock)
 
     def advance(state, round_):
-        rollouts = sample(inputs.policy_of(state.params), round_)
+        rollouts, rewards = sample(inputs.policy_of(state.params), round_)
         sequences = SequenceBatch(rollouts.tokens, rollouts.completion_mask)
         ref_logps = scorer(ground)(inputs.policy, sequences)
         batch, numbers = prepare(rollouts, ref_logps)
@@ -57,7 +57,7 @@ def train(
                     tolerance=checks.TOLERANCE[ground.model.dtype]
                     * (1 + 1 / settings.eta),
                 )
-        return state, {**metrics, **numbers}
+        return state, {**metrics, **numbers, **rewards}
 
     return loop.train(
         run,
@@ -67,7 +67,7 @@ def train(
         evaluate=inputs.evaluate,
         evaluate_every=settings.evaluate_every,
         select=select,
-        shown=("objective/scores", "objective/kl", "gold"),
+        shown=("objective/scores", "objective/kl", "gold", "verifier/error_share"),
         learning_rate=schedule,
         trained_on=compiled.trained_on,
         policy_of=inputs.policy_of,
@@ -122,7 +122,7 @@ def program(ground: Ground, settings: config.RebelSection):
     ) -> tuple[PreferenceBatch, dict[str, jax.Array]]:
         batch = regression_pairs(rollouts, ref_logps, settings.kl_coef)
         numbers = {
-            **rollout_metrics(rollouts, ref_logps, 2),
+            **rollout_metrics(rollouts, ref_logps, group_size=2, eos_id=ground.eos_id),
             "objective/scores": jnp.mean(rollouts.scored()),
             "objective/scores_margin": jnp.mean(jnp.abs(jnp.asarray(batch.margin))),
         }

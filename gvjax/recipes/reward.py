@@ -66,6 +66,8 @@ def train(
     first = batch_at(0)
     checks.check_same_everywhere(first)
     checks.check_masks(first.chosen)
+    for side in (first.chosen, first.rejected):
+        checks.check_endings(ground, side)
     checks.check_reward_padding(ground, settings.pooling, params, first.chosen)
     return loop.train(
         run,

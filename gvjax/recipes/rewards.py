@@ -1,7 +1,9 @@
 """Where the online road's rewards come from: a reward model, a Python verifier, or their weighted sum."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -30,13 +32,26 @@ class RewardModel:
     pooling: Pooling
 
 
-def make_rewards(
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One of the things that reward.
+
+    Attributes:
+      rewards: its part of the sum, weight included.
+      error_share: share of the latest batch on which it went wrong; None where it cannot.
+    """
+
+    rewards: RewardsFn
+    error_share: Callable[[], float] | None = None
+
+
+def make_sources(
     ground: Ground,
     sources: config.RewardSources,
     task: Task,
     reward_model: RewardModel | None,
-) -> RewardsFn:
-    """The sum of the configured sources.
+) -> dict[str, Source]:
+    """The configured sources by name: `reward_model`, and `gold` or the verifier's function.
 
     Args:
       ground: the network.
@@ -52,7 +67,7 @@ def make_rewards(
             f"rewards.reward_model has weight {sources.reward_model} but no reward model was given; train one with"
             " recipe reward and name its run directory, or set the weight to 0"
         )
-    parts: list[RewardsFn] = []
+    made: dict[str, Source] = {}
     if sources.reward_model and reward_model is not None:
         model, score = reward_model, reward_scorer(ground, reward_model.pooling)
 
@@ -60,23 +75,42 @@ def make_rewards(
             rewards = score(model.params, rollouts.tokens, rollouts.completion_mask)
             return sources.reward_model * rewards
 
-        parts.append(learned)
+        made["reward_model"] = Source(learned)
     if sources.verifier is not None:
-        section, verify = sources.verifier, _make_verifier(sources.verifier, task)
+        section, error_share = sources.verifier, None
+        verify: Callable = task.reward
+        if section.path != "gold":
+            verifier = _make_verifier(section)
+            verify = _on_texts(verifier, task)
+            error_share = functools.partial(getattr, verifier, "error_share")
 
         def verified(rollouts: Rollouts, prompts: Prompts) -> np.ndarray:
             completions = completions_of(rollouts, ground.completion_length)
             return section.weight * np.asarray(verify(prompts, completions), np.float32)
 
-        parts.append(verified)
+        name = section.path.rpartition(":")[2]
+        made[name] = Source(verified, error_share)
+    return made
+
+
+def make_rewards(
+    ground: Ground,
+    sources: config.RewardSources,
+    task: Task,
+    reward_model: RewardModel | None,
+) -> RewardsFn:
+    """The sum of the configured sources; see `make_sources`."""
+    made = make_sources(ground, sources, task, reward_model)
 
     def rewards(rollouts: Rollouts, prompts: Prompts) -> jax.Array | np.ndarray:
-        first, *others = (part(rollouts, prompts) for part in parts)
-        for other in others:
-            first = first + other
-        return first
+        return summed(source.rewards(rollouts, prompts) for source in made.values())
 
     return rewards
+
+
+def summed(parts: Iterable[jax.Array | np.ndarray]) -> jax.Array | np.ndarray:
+    """f32[B]: the parts, added in their order."""
+    return functools.reduce(operator.add, parts)
 
 
 def reward_rows(
@@ -101,16 +135,16 @@ def reward_rows(
     return np.concatenate(made)[: len(prompts)]
 
 
-def _make_verifier(section: config.VerifierSection, task: Task) -> Callable:
-    if section.path == "gold":
-        return task.reward
-    verifier = Verifier(
+def _make_verifier(section: config.VerifierSection) -> Verifier:
+    return Verifier(
         section.path,
         time_limit=section.time_limit,
         error_reward=section.error_reward,
         max_error_share=section.max_error_share,
     )
 
+
+def _on_texts(verifier: Verifier, task: Task) -> Callable:
     def decoded(prompts, completions) -> np.ndarray:
         return verifier(
             [task.decode(row[:n]) for row, n in zip(prompts.tokens, prompts.lengths)],

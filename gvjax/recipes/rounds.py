@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
 from gvjax import config
@@ -9,9 +10,9 @@ from gvjax.recipes import checks
 from gvjax.recipes.ground import role_key, sampler
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.loop import Clock
-from gvjax.recipes.rewards import make_rewards
+from gvjax.recipes.rewards import make_sources, summed
 from gvjax.tasks.task import Prompts
-from gvjax.types import Params, Rollouts
+from gvjax.types import Metrics, Params, Rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Sampler:
         self._inputs = inputs
         self._clock = clock
         self._plan = plan
-        self._rewards = make_rewards(
+        self._sources = make_sources(
             inputs.ground, sources, inputs.task, inputs.reward_model
         )
         first = inputs.prompts_at(plan.role, plan.prompts, 0)
@@ -55,14 +56,25 @@ class Sampler:
                 " no EOS; set it to 0"
             )
 
-    def __call__(self, params: Params, round_: int) -> Rollouts:
-        """The rollouts of a round on the mesh, rewards filled in."""
+    def __call__(self, params: Params, round_: int) -> tuple[Rollouts, Metrics]:
+        """(the rollouts of a round on the mesh, rewards filled in; TRL's numbers about each source of rewards)."""
         with self._clock.part("generate") as made:
             rollouts, prompts = draw(self._inputs, self._plan, params, round_)
             made.append(rollouts)
         with self._clock.part("score") as made:
-            rewards = self._rewards(rollouts, prompts.repeat(self._plan.samples))
+            rows = prompts.repeat(self._plan.samples)
+            parts = {
+                name: source.rewards(rollouts, rows)
+                for name, source in self._sources.items()
+            }
+            rewards = summed(parts.values())
             made.append(rewards)
+        numbers: Metrics = {}
+        for name, part in parts.items():
+            numbers[f"rewards/{name}/mean"] = part.mean()
+            numbers[f"rewards/{name}/std"] = part.std(ddof=int(len(part) > 1))
+            if (error_share := self._sources[name].error_share) is not None:
+                numbers["verifier/error_share"] = jnp.asarray(error_share())
         if self._plan.missing_eos_penalty:
             eos = self._inputs.ground.eos_id
             ended = rollouts.completion_mask & (rollouts.tokens == eos)
@@ -70,7 +82,7 @@ class Sampler:
             rewards = rewards - self._plan.missing_eos_penalty * cut
         if isinstance(rewards, np.ndarray):
             rewards = self._inputs.ground.put(rewards.astype(np.float32))
-        return dataclasses.replace(rollouts, rewards=rewards)
+        return dataclasses.replace(rollouts, rewards=rewards), numbers
 
 
 def draw(

@@ -49,6 +49,7 @@ def train(
     first = batch_at(0)
     checks.check_same_everywhere(first)
     checks.check_masks(first)
+    checks.check_endings(ground, first, some_end=True)
     return loop.train(
         run,
         state,

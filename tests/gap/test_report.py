@@ -219,6 +219,16 @@ def test_ticks_are_round_and_inside():
     assert figures.ticks(-0.23, 0.11, 4) == [-0.2, -0.1, 0.0, 0.1]
 
 
+def test_a_root_scale_gives_small_numbers_room():
+    scale = figures.Scale(0.0, 36.0, 0.0, 60.0, root=True)
+    assert [scale(value) for value in (0, 1, 4, 9, 36)] == [0, 10, 20, 30, 60]
+    below = figures.Scale(-1.0, 1.0, 0.0, 2.0, root=True)
+    assert below(-0.25) == 0.5 and below(0.25) == 1.5
+    assert figures.root_ticks(44.0) == [0, 1, 5, 10, 20]
+    assert figures.root_ticks(0.07, 4) == [0, 0.005, 0.02, 0.05]
+    assert figures.root_ticks(9.0) == [0, 0.2, 1, 2, 5]
+
+
 def test_numbers_have_true_minus_signs_and_no_negative_zero():
     assert figures.number(-0.123, sign=True) == "−0.12"
     assert figures.number(-0.001, sign=True) == "0.00"

@@ -149,6 +149,11 @@ def test_every_arm_of_every_seed_is_in_results_and_report(where, unbroken):
     by_name = {arm["name"]: arm for arm in tour["arms"]}
     assert by_name["DPO, more data"]["road"] == "relabelled"
     assert by_name["best of 2"]["seeds"][0]["ledger"]["sampled_tokens"] > 0
+    assert by_name["best of 2"]["description"] == "best of n, nothing trained"
+    # A sweep of two, and a reward model beside DPO: the labels are the same 32.
+    for name, arm in by_name.items():
+        labels = {seed["ledger"]["labels"] for seed in arm["seeds"]}
+        assert labels == {0 if name == "SFT" else 32}, name
     assert set(by_name["DPO"]["seeds"][0]["setting"]) == {"optimizer.learning_rate"}
     page = (where / "one" / "report.html").read_text()
     for name in ("RLOO from DPO", "hidden_goals", "best of 2"):

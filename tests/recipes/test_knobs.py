@@ -4,9 +4,11 @@ import ast
 import inspect
 import re
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gvjax import config, steps
@@ -15,6 +17,7 @@ from gvjax.recipes import (
     best_of_n,
     dpo,
     hypo,
+    loop,
     online_dpo,
     policy_gradient,
     ppo,
@@ -147,6 +150,7 @@ GROUND = types.SimpleNamespace(
     logps_fn=logps_fn,
     reward_fn=rewards_fn,
     completion_length=4,
+    eos_id=None,
     model=None,
     mesh=None,
     compiler=lambda step, tx: (step, tx),
@@ -173,7 +177,7 @@ def batches():
 def traced(settings) -> str:
     """The programs of a recipe over a model of one number, as text."""
     module = MODULES[type(settings)]
-    program = module._program.__wrapped__(GROUND, settings)
+    program = module.program.__wrapped__(GROUND, settings)
     (step, tx), *others = program
     sequences, pairs, rollouts = batches()
     params = {"w": jnp.asarray(0.5)}
@@ -266,6 +270,137 @@ def attributes_read(module) -> set[str]:
         and isinstance(node.value, ast.Name)
         and node.value.id in ("settings", "section")
     }
+
+
+class Stopped(Exception):
+    """A recipe has asked for all that it asks for before its first update."""
+
+
+def asked(settings, monkeypatch) -> list[str]:
+    """What a recipe asks of everything around its program: draws, batches, first parameters, evaluations, selection."""
+    module, said = MODULES[type(settings)], []
+
+    def say(*words):
+        said.append(" ".join(str(word) for word in words))
+
+    def batch_shapes(batch):
+        return [leaf.shape for leaf in jax.tree.leaves(batch)]
+
+    class Training:
+        def start(self, params):
+            say("start", params if isinstance(params, str | dict) else "of its own")
+            return types.SimpleNamespace(
+                params={"policy": "current", "value": "critic"}
+            )
+
+        def step(self, state, batch, *others):
+            say("batch", batch_shapes(batch))
+            raise Stopped
+
+        trained_on = None
+
+    class FakeSampler:
+        def __init__(self, inputs, sources, plan, clock):
+            say("samples", plan, "rewarded by", sources)
+
+        def __call__(self, params, round_):
+            say(
+                "drawn from", "the start" if params == "start" else "the current policy"
+            )
+            return batches()[2], {}
+
+    def train(run, state, advance, **options):
+        shown = ("rounds", "evaluate_every", "select", "updates_per_round")
+        say("trains", {name: options.get(name) for name in shown})
+        advance(state, 1)
+
+    def winners(inputs, sources, prompts, *, n, role):
+        say("best of", n, "by", sources)
+        rollouts = batches()[2]
+        return Rollouts(*(jax.tree.map(np.asarray, leaf) for leaf in (
+            rollouts.tokens, rollouts.completion_mask, rollouts.logps, rollouts.rewards
+        )))  # fmt: skip
+
+    def draw(inputs, plan, params, round_):
+        say("samples", plan)
+        return batches()[2], None
+
+    sequences, pairs, _ = batches()
+    ground = mock.MagicMock(eos_id=None, completion_length=4, put=lambda batch: batch)
+    ground.init_policy = lambda key: "start"
+    ground.init_reward_model = lambda *_, zero_head: f"head of zeros: {zero_head}"
+    task = mock.MagicMock(max_prompt_length=2)
+    task.prompts = lambda rng, count, split: say("prompts", count) or mock.MagicMock()
+    inputs = mock.MagicMock(
+        ground=ground,
+        task=task,
+        seed=0,
+        policy="start",
+        trained="start",
+        reference="start",
+        heldout=None,
+    )
+    inputs.policy_of = lambda params: params
+    inputs.prompts.__len__.return_value = B
+    every_pair = inputs.required_pairs.return_value
+    every_pair.__len__.return_value = B
+    every_pair.batch = lambda rows, pad_id: say("pairs", len(rows)) or pairs
+    prepared = {
+        online_dpo: (lambda *_: pairs, lambda *_: pairs),
+        **dict.fromkeys((policy_gradient, ppo, rebel), (lambda *_: (pairs, {}),)),
+    }.get(module, ())
+    fakes = {
+        "program": lambda *_: (Training(), None, *prepared),
+        "Sampler": FakeSampler,
+        "winners": winners,
+        "draw": draw,
+        "scorer": lambda ground: lambda *_: jnp.zeros((B, T)),
+        "sequences": lambda *_: sequences,
+        "checks": mock.MagicMock(),
+        "heads": mock.MagicMock(),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(module, name, fake, raising=False)
+    monkeypatch.setattr(loop, "train", train)
+    run = mock.MagicMock()
+    with pytest.raises(Stopped):
+        if module is sft:
+            sft.train(settings, ground, task, 0, run)
+        elif module is best_of_n:
+            best_of_n.evaluate(settings, inputs, inputs.prompts)
+            raise Stopped
+        else:
+            module.train(settings, inputs, run)
+    return said
+
+
+# Another value of every field that acts around the program.
+OTHER = {
+    "batch_size": 4,
+    "evaluate_every": 7,
+    "early_stop": True,
+    "zero_head": False,
+    "on_policy_prompts": 4,
+    "prompts_per_step": 3,
+    "generation": "once",
+    "rewards": {"reward_model": 0.5},
+    "missing_eos_penalty": 0.5,
+    "n": 3,
+}
+ASKED = [
+    (kind, field)
+    for kind, module in MODULES.items()
+    for field in sorted(set(kind.model_fields) & AROUND - set(TRACED[kind]))
+]
+
+
+@pytest.mark.parametrize(
+    "kind, field", ASKED, ids=[f"{k.__name__}.{f}" for k, f in ASKED]
+)
+def test_a_field_around_the_program_changes_what_is_asked_for(kind, field, monkeypatch):
+    before = asked(made(kind), monkeypatch)
+    assert before == asked(made(kind), monkeypatch)
+    assert asked(made(kind, **{field: OTHER[field]}), monkeypatch) != before
 
 
 @pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)

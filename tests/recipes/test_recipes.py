@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,11 @@ from gvjax.recipes import (
     rebel,
     rejection,
     reward,
+    rounds,
+    sft,
 )
 from gvjax.recipes.evaluation import evaluate_policy
-from gvjax.recipes.ground import score_all
+from gvjax.recipes.ground import role_key, score_all
 from gvjax.recipes.rewards import make_rewards, reward_rows
 from gvjax.types import PreferenceBatch, Rollouts, SequenceBatch
 
@@ -42,8 +45,10 @@ PAIRED = EVERY | {
     "logps/chosen",
     "logps/rejected",
 }
-ONLINE_PAIRED = PAIRED | {"objective/scores", "objective/scores_margin"}
+REWARDS = {"rewards/reward_model/mean", "rewards/reward_model/std"}
+BY_GOLD = {"rewards/gold/mean", "rewards/gold/std"}
 ROUND = {
+    "objective/entropy",
     "reward",
     "reward_std",
     "frac_reward_zero_std",
@@ -52,17 +57,27 @@ ROUND = {
     "completions/min_length",
     "completions/max_length",
 }
+ONLINE_PAIRED = (
+    PAIRED
+    | ROUND
+    | {
+        "objective/scores",
+        "objective/scores_margin",
+        "objective/non_score_reward",
+        "objective/rlhf_reward",
+    }
+)
 GROUPED = (
     EVERY
     | ROUND
     | {"kl", "entropy", "sampling/importance_sampling_ratio/mean"}
     | {"sampling/sampling_logp_difference/max"}
+    | REWARDS
 )
 PPO = (
     EVERY
     | ROUND
     | {
-        "objective/entropy",
         "objective/non_score_reward",
         "objective/rlhf_reward",
         "objective/scores",
@@ -115,7 +130,11 @@ CASES = {
         PAIRED,
     ),
     "hypo": (hypo, small(config.HypoSection), PAIRED | {"objective/kl"}),
-    "online dpo hard": (online_dpo, small(config.OnlineDpoSection), ONLINE_PAIRED),
+    "online dpo hard": (
+        online_dpo,
+        small(config.OnlineDpoSection),
+        ONLINE_PAIRED | REWARDS,
+    ),
     "online dpo soft": (
         online_dpo,
         small(config.OnlineDpoSection, labels="soft", epochs=2),
@@ -124,14 +143,14 @@ CASES = {
     "online dpo once": (
         online_dpo,
         small(config.OnlineDpoSection, generation="once", rewards=BOTH),
-        ONLINE_PAIRED,
+        ONLINE_PAIRED | REWARDS | BY_GOLD,
     ),
     **{f"{name}, KL in reward": group(name) for name in ALGORITHMS},
     **{
         f"{name}, KL in loss": group(name, kl_in="loss", kl_estimator="k3", epochs=2)
         for name in ALGORITHMS
     },
-    "ppo": (ppo, small(config.PpoSection), PPO),
+    "ppo": (ppo, small(config.PpoSection), PPO | REWARDS),
     "ppo plain": (
         ppo,
         small(
@@ -142,9 +161,13 @@ CASES = {
             rewards=GOLD,
             num_microbatches=2,
         ),
-        PPO,
+        PPO | BY_GOLD,
     ),
-    "rebel": (rebel, small(config.RebelSection), ONLINE_PAIRED | ROUND),
+    "rebel": (
+        rebel,
+        small(config.RebelSection),
+        PAIRED | ROUND | REWARDS | {"objective/scores", "objective/scores_margin"},
+    ),
     "rejection": (
         rejection,
         small(config.RejectionSection),
@@ -374,6 +397,46 @@ def test_batches_without_completions_or_prompts_are_refused():
         checks.check_masks(SequenceBatch(tokens, np.ones((2, 3), bool)))
 
 
+def endings(*rows, eos_id=9):
+    """(a ground with room for three tokens, a batch of completions after one prompt token; 0 is padding)."""
+    tokens = np.array([[1, *row] for row in rows], np.int32)
+    ground = types.SimpleNamespace(eos_id=eos_id, completion_length=3)
+    return ground, SequenceBatch(tokens, (tokens != 0) & (np.arange(4) > 0))
+
+
+def test_completions_end_with_one_eos_or_fill_the_room():
+    # One that ends, one that was cut off, one that is empty.
+    checks.check_endings(*endings([2, 9, 0], [2, 3, 4], [0, 0, 0]), some_end=True)
+    checks.check_endings(*endings([2, 3, 4]))
+    checks.check_endings(*endings([2, 3, 0], eos_id=None), some_end=True)
+    for row, count in (([2, 3, 0], 0), ([9, 2, 0], 1), ([2, 9, 9], 2)):
+        with pytest.raises(
+            checks.SelfCheckError, match=rf"row 1 .* with {count} EOS tokens \(9\)"
+        ):
+            checks.check_endings(*endings([2, 9, 0], row))
+    with pytest.raises(checks.SelfCheckError, match="could not learn to stop"):
+        checks.check_endings(*endings([2, 3, 4], [4, 3, 2]), some_end=True)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "hypo"])
+def test_data_without_eos_stops_the_run_before_it_starts(recipe, inputs, tmp_path):
+    # Of a task whose completions should end with a token that none of them has, and could be longer.
+    ground = dataclasses.replace(
+        inputs.ground, eos_id=0, completion_length=inputs.ground.completion_length + 1
+    )
+    run = make_run(tmp_path / "run")
+    strict = dataclasses.replace(inputs, ground=ground)
+    with pytest.raises(checks.SelfCheckError, match=r"EOS token"):
+        if recipe == "sft":
+            sft.train(small(config.SftSection), ground, inputs.task, 0, run)
+        elif recipe == "reward":
+            reward.train(small(config.RewardSection), strict, run)
+        else:
+            module, settings, _ = CASES[recipe]
+            module.train(settings, strict, run)
+    assert not run.directory.exists()
+
+
 def test_recipes_that_need_pairs_or_a_reward_model_say_so(inputs, tmp_path):
     run = make_run(tmp_path / "run")
     bare = dataclasses.replace(inputs, pairs=None, reward_model=None)
@@ -395,6 +458,55 @@ def test_hypo_deals_out_as_many_samples_as_pairs():
 
 
 # What the recipes compute.
+
+
+def test_lengths_are_told_of_all_completions_and_of_those_that_ended():
+    rollouts = some_rollouts(jnp.array([1.0, 3.0, 2.0, 2.0]))
+    # Token 5 is the last of one completion of two tokens, and of one of three.
+    numbers = policy_gradient.rollout_metrics(rollouts, None, group_size=2, eos_id=5)
+    assert "objective/kl" not in numbers
+    expected = {
+        "reward": 2.0,
+        "reward_std": math.sqrt(2) / 2,
+        "frac_reward_zero_std": 0.5,
+        "completions/mean_length": 11 / 4,
+        "completions/clipped_ratio": 0.5,
+        "completions/mean_terminated_length": 5 / 2,
+        "completions/min_terminated_length": 2,
+        "completions/max_terminated_length": 3,
+        "val/contain_eos_token": 0.5,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(numbers[name], value, rtol=1e-6, err_msg=name)
+    nobody = policy_gradient.rollout_metrics(rollouts, None, group_size=2, eos_id=8)
+    assert nobody["completions/clipped_ratio"] == 1
+    for name in ("mean", "min", "max"):
+        assert nobody[f"completions/{name}_terminated_length"] == 0
+
+
+def test_every_source_of_rewards_is_told_and_so_are_a_verifiers_errors(
+    inputs, tmp_path, monkeypatch
+):
+    (tmp_path / "moody.py").write_text(
+        "calls = []\n\ndef judge(prompt, completion):\n    calls.append(1)\n"
+        "    if len(calls) % 4 == 0:\n        raise ValueError('enough')\n    return 2.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    section = config.VerifierSection(
+        path="moody:judge", weight=0.5, error_reward=-6.0, max_error_share=0.3
+    )
+    sources = config.RewardSources(reward_model=0.25, verifier=section)
+    plan = rounds.Sampling("told", prompts=4, samples=2)
+    sample = rounds.Sampler(inputs, sources, plan, loop.Clock())
+    # Not the first round, which would check the sampler too.
+    rollouts, numbers = sample(inputs.policy, 1)
+    assert numbers["verifier/error_share"] == 2 / 8
+    np.testing.assert_allclose(numbers["rewards/judge/mean"], (6 * 1 - 2 * 3) / 8)
+    np.testing.assert_allclose(
+        numbers["rewards/judge/std"], np.std([1] * 6 + [-3] * 2, ddof=1), rtol=1e-6
+    )
+    told = numbers["rewards/judge/mean"] + numbers["rewards/reward_model/mean"]
+    np.testing.assert_allclose(np.mean(rollouts.scored()), told, rtol=1e-5)
 
 
 def test_the_two_samples_of_a_prompt_regress_on_their_penalised_difference():
@@ -611,6 +723,27 @@ LEARNS = {
         config.RejectionSection(steps=60, n=8, rewards=GOLD, optimizer=optimizer(3e-3)),
     ),
 }
+
+
+def test_gold_rises_clearly_from_random_parameters_to_sft(inputs):
+    start = inputs.ground.init_policy(role_key(0, "init"))
+    before, after = (
+        evaluate_policy(
+            inputs.ground, inputs.task, params, start, inputs.validation, seed=1
+        ).gold.mean()
+        for params in (start, inputs.policy)
+    )
+    assert after > before + 0.3
+
+
+def test_gold_rises_clearly_where_the_trained_reward_model_chooses(inputs):
+    prompts = inputs.validation.take(slice(60))
+    learned = config.BestOfNSection(n=4, rewards=config.RewardSources())
+    chosen = best_of_n.evaluate(learned, inputs, prompts, role="bon").gold
+    one = evaluate_policy(
+        inputs.ground, inputs.task, inputs.policy, inputs.policy, prompts, seed=0
+    )
+    assert chosen.mean() > one.gold.mean() + 0.1
 
 
 @pytest.mark.parametrize("name", marked(LEARNS))
