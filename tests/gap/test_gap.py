@@ -239,6 +239,32 @@ def test_a_model_behind_an_endpoint_judges_and_its_bias_is_told(where, measured)
     ).seeds == {"1": 0.0, "2": 0.0}
 
 
+def run_of(where, name, **fields) -> int:
+    data = {"run_dir": name, "task": TOY["task"], "model": TOY["model"], **fields}
+    (where / f"{name}.yaml").write_text(yaml.safe_dump(data))
+    return main(["run", f"{name}.yaml"])
+
+
+@pytest.mark.slow
+def test_a_reward_model_of_another_run_judges(where, measured, capsys):
+    sft = {"recipe": "sft", "steps": 1, "batch_size": 8}
+    assert run_of(where, "sft", settings=sft) == 0
+    settings = {"recipe": "reward", "steps": 1, "batch_size": 8}
+    pairs = {"count": 8, "heldout": 8}
+    assert run_of(where, "judge", start="sft", pairs=pairs, settings=settings) == 0
+    judge = {"kind": "reward_model", "run_dir": "judge"}
+    data = {**TOY, "judge": judge, "judged_prompts": 4}
+    assert gap(where, data)[0] == 0
+    found = findings(where).tasks[0].judge
+    assert found.kind == "reward_model" and found.comparisons == 4 * 3 * 2
+    assert 0 <= found.measures["agrees with the gold reward"][0] <= 1
+    wider = {**TOY["model"], "mlp_dim": 64}
+    capsys.readouterr()
+    (where / "toy.yaml").write_text(yaml.safe_dump({**data, "model": wider}))
+    assert main(["gap", "toy.yaml"]) == 64
+    assert "has another network" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
