@@ -346,10 +346,8 @@ def _panel(task: TaskResult, arms: Sequence[ArmResult], onsets, what, unit, of):
             lines.append(tuple(points))
             at = onsets[arm.name].get(str(seed.seed))
             data += [(arm.name, seed.seed, kl, value, at) for kl, value in points]
-            if at is not None:
-                value = next(v for kl, v in points if kl == at)
-                tip = f"{arm.name}, seed {seed.seed}: gold falls from KL {at:.1f} on"
-                flags.append((at, value, tip))
+            tip = f"{arm.name}, seed {seed.seed}: gold falls from KL {at or 0:.1f} on"
+            flags += [(kl, value, tip) for kl, value in points if kl == at]
         series.append(
             figures.Series(arm.name, css, shape, lines=tuple(lines), mean_marks=tuple(flags))
         )  # fmt: skip
