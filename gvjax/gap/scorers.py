@@ -35,6 +35,12 @@ Untrained = Literal["gold", "own log-probability"]
 UNTRAINED: tuple[Untrained, ...] = ("gold", "own log-probability")
 """Scorers that learn nothing: the judge itself, and the null verifier that a policy always has."""
 
+
+def untrained_of(task: Task) -> tuple[Untrained, ...]:
+    """Those that a task has: without a gold reward, the policy's own log-probability alone."""
+    return UNTRAINED if task.reward_range is not None else UNTRAINED[1:]
+
+
 DESCRIPTIONS = {
     "global reward model": "reward model whose head reads the completion as a whole",
     "local reward model": "reward model that is a sum of token terms",

@@ -128,9 +128,12 @@ def _task(
     ]
     numbers: dict[str, _Number] = {}
     found, curves, multiplier = _likelihoods(settings, scenes, numbers)
-    choices, chosen_n = _samples(settings, scenes, numbers)
-    if number == 0:
-        _sizes(settings, scenes, chosen_n, numbers)
+    choices: tuple[ChoiceCurve, ...] = ()
+    chosen_n = None
+    if scenes[0].task.reward_range is not None:
+        choices, chosen_n = _samples(settings, scenes, numbers)
+        if number == 0:
+            _sizes(settings, scenes, chosen_n, numbers)
     pilot = pilot_results(settings, plan, store, number)
     onsets: dict[str, SeedValues] = {}
     judged: Judged | None = None
@@ -198,7 +201,7 @@ def _likelihoods(
             updates=_per_seed(settings, [float(r["round"]) for _, r in chosen]),
         )
 
-    for kind in scorers.UNTRAINED:
+    for kind in scorers.untrained_of(scenes[0].task):
         untrained = [
             scene.store.result(scene.plan.of("untrained", scene.seed))["margins"][kind]
             for scene in scenes
