@@ -243,7 +243,7 @@ def test_a_refused_config_does_not_stand_in_the_way_of_the_corrected_one(chain):
     assert (where / "x" / "result.json").exists()
 
 
-@pytest.mark.parametrize("verb", ["compare", "run", "sample", "eval"])
+@pytest.mark.parametrize("verb", ["gap", "compare", "run", "sample", "eval"])
 def test_help_teaches_by_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
         entry.main([verb, "--help"])
@@ -255,7 +255,7 @@ def test_help_of_the_whole_names_every_command(capsys):
     with pytest.raises(SystemExit):
         entry.main(["--help"])
     shown = capsys.readouterr().out
-    for verb in ("compare", "run", "sample", "eval", "verify"):
+    for verb in ("gap", "compare", "run", "sample", "eval", "verify"):
         assert f"    {verb} " in shown
 
 

@@ -17,11 +17,12 @@ from gvjax.config.base import (
 from gvjax.config.reading import validate
 from gvjax.config.recipes import SftSection
 from gvjax.config.sections import (
+    AnyTask,
+    DatasetSection,
     EvaluationSection,
     LoggingSection,
     MeshSection,
     PairsSection,
-    TaskSection,
 )
 from gvjax.config.study import ArmSection, AugmentationSection, StudyConfig
 
@@ -203,11 +204,11 @@ class ControlSection(Section):
     """A task on which the gap should be closed: a short horizon, or a reward that needs a hidden reference.
 
     Attributes:
-      task: see TaskSection.
+      task: see TaskSection and DatasetSection.
       pilot: whether the pilot is run on it too, or the first tier alone.
     """
 
-    task: TaskSection
+    task: AnyTask
     pilot: bool = True
 
 
@@ -273,7 +274,8 @@ class GapConfig(Section):
       run_dir: where stages and the report go; the same command resumes, an edited config re-uses what is unchanged.
       seeds: training seeds; each draws its own task instance, SFT policy and pairs. One seed gives no intervals, and so
         no advice above "inconclusive".
-      task, model, sft, pairs, evaluation: shared by all scorers and both roads.
+      task, model, sft, pairs, evaluation: shared by all scorers and both roads. A dataset without a gold reward can be
+        measured without a pilot: scorers predict its labels, and nothing is said of samples.
       scorers, samples: the first tier, which trains no policy by RL.
       pilot: the second tier; null stops after the first, whose advice is then a prediction.
       controls: tasks on which the gap should be closed.
@@ -288,7 +290,7 @@ class GapConfig(Section):
     gap: str
     run_dir: str
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-    task: TaskSection
+    task: AnyTask
     model: dict[str, Scalar]
     sft: SftSection = SftSection()
     pairs: PairsSection = PairsSection()
@@ -315,7 +317,6 @@ class GapConfig(Section):
                 f"scorers.fractions start with {self.scorers.fractions[0]}, less than one of {self.pairs.count} pairs;"
                 " use larger shares or more pairs"
             )
-        names = [self.task.name, *(control.task.name for control in self.controls)]
         if self.judge.kind != "gold" and self.pilot is None:
             raise ValueError(
                 f"judge.kind is {self.judge.kind}, but without a pilot there are no policies to compare; add a pilot, or"
@@ -331,12 +332,18 @@ class GapConfig(Section):
             raise ValueError(
                 f"judged_prompts is {self.judged_prompts}, more than the {self.evaluation.test_prompts} test prompts"
             )
-        for number in range(len(names)):
+        for number, section in enumerate(gap_tasks(self)):
+            without = isinstance(section, DatasetSection) and section.gold is None
+            if without and (has_pilot(self, number) or self.sizes):
+                raise ValueError(
+                    f"the dataset {section.name} has no gold reward, so neither a pilot nor networks of other sizes can be"
+                    " judged; give task.gold, or leave them out"
+                )
             study_of(self, number)
         return self
 
 
-def gap_tasks(settings: GapConfig) -> list[TaskSection]:
+def gap_tasks(settings: GapConfig) -> list[AnyTask]:
     """The task that is measured, then its controls."""
     return [settings.task, *(control.task for control in settings.controls)]
 
@@ -368,10 +375,10 @@ def study_of(
         "study": settings.gap,
         "run_dir": settings.run_dir,
         "seeds": settings.seeds,
-        "task": gap_tasks(settings)[number].model_dump(),
+        "task": gap_tasks(settings)[number].model_dump(exclude_unset=True),
         "model": settings.model if model is None else model,
         "sft": settings.sft.model_dump(exclude_unset=True),
-        "pairs": settings.pairs.model_dump(),
+        "pairs": settings.pairs.model_dump(exclude_unset=True),
         "evaluation": settings.evaluation.model_dump(),
         "reward": {
             "steps": scorers.steps * len(scorers.learning_rates),

@@ -123,7 +123,8 @@ class StudyConfig(Section):
     @pydantic.model_validator(mode="after")
     def _has_gold(self) -> Self:
         for section in (self.task, *(twin.task for twin in self.twins)):
-            if isinstance(section, DatasetSection) and section.gold is None:
+            without = isinstance(section, DatasetSection) and section.gold is None
+            if self.arms and without:
                 raise ValueError(
                     f"a study compares its arms by gold reward, and the dataset {section.name} has none; give task.gold:"
                     " `number`, or the directory of a reward model that was trained on other rows"

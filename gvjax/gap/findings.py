@@ -140,8 +140,8 @@ class TaskFinding:
       scorers: trained on all pairs, and untrained.
       curves: the verifier and the DPO policy at every size of the data.
       multiplier: None with fewer than three sizes.
-      choices: best-of-n by every scorer.
-      chosen_n: the n that validation prompts prefer for the verifier.
+      choices: best-of-n by every scorer; none where there is no gold reward.
+      chosen_n: the n that validation prompts prefer for the verifier; None where there are no choices.
       pilot: both roads, where they were taken.
       onsets: arm -> per seed, the KL at which over-optimisation sets in: gold falls while the proxy rises; None where it
         does not.
@@ -156,7 +156,7 @@ class TaskFinding:
     curves: tuple[ScorerFinding, ...]
     multiplier: Multiplier | None
     choices: tuple[ChoiceCurve, ...]
-    chosen_n: int
+    chosen_n: int | None
     pilot: StudyResults | None = None
     onsets: dict[str, SeedValues] = dataclasses.field(default_factory=dict)
     judge: JudgeFinding | None = None

@@ -212,8 +212,10 @@ def _scorer_row(scorer: ScorerFinding, seed: str) -> tuple[object, ...]:
     )
 
 
-def _choices(task: TaskFinding) -> Figure:
+def _choices(task: TaskFinding) -> Figure | None:
     """Winrate of the best of n samples, by who chooses."""
+    if not task.choices:
+        return None
     series = []
     data: list[tuple[object, ...]] = [("scorer", "seed_index", "n", "winrate", "gold")]
     sizes: set[int] = set()
@@ -257,7 +259,9 @@ def _choices(task: TaskFinding) -> Figure:
     return Figure(title, caption, svg, tuple(data), _legend(names))
 
 
-def decisions(quantities: Sequence[Quantity], margin: float, task: str) -> Figure:
+def decisions(
+    quantities: Sequence[Quantity], margin: float, task: str
+) -> Figure | None:
     """Everything that is a winrate, with the bounds that hold together where there are such."""
     rows = []
     data: list[tuple[object, ...]] = [
@@ -295,6 +299,8 @@ def decisions(quantities: Sequence[Quantity], margin: float, task: str) -> Figur
             (quantity.name, quantity.estimate, quantity.low, quantity.high, quantity.bound_low, quantity.bound_high, seed, value)
             for seed, value in quantity.seeds.items()
         ]  # fmt: skip
+    if not rows:
+        return None
     svg = figures.forest(
         f"Winrates and their differences on {task}",
         rows,
@@ -346,10 +352,8 @@ def _panel(task: TaskResult, arms: Sequence[ArmResult], onsets, what, unit, of):
             lines.append(tuple(points))
             at = onsets[arm.name].get(str(seed.seed))
             data += [(arm.name, seed.seed, kl, value, at) for kl, value in points]
-            if at is not None:
-                value = next(v for kl, v in points if kl == at)
-                tip = f"{arm.name}, seed {seed.seed}: gold falls from KL {at:.1f} on"
-                flags.append((at, value, tip))
+            tip = f"{arm.name}, seed {seed.seed}: gold falls from KL {at or 0:.1f} on"
+            flags += [(kl, value, tip) for kl, value in points if kl == at]
         series.append(
             figures.Series(arm.name, css, shape, lines=tuple(lines), mean_marks=tuple(flags))
         )  # fmt: skip

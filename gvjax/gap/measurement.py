@@ -20,6 +20,7 @@ from gvjax.recipes.ground import (
     role_key,
     role_rng,
     sample_all,
+    task_of,
 )
 from gvjax.recipes.pairs import Pairs
 from gvjax.tasks.task import Completions, Prompts
@@ -98,6 +99,7 @@ def _task_plan(settings: config.GapConfig, number: int, code: str) -> Plan:
     ground = planning.ground_for(study)
     section, sizes = settings.scorers, sizes_of(settings)
     name = config.gap_tasks(settings)[number].name
+    has_gold = task_of(study.task, settings.seeds[0]).reward_range is not None
     made: list[Stage] = []
     by_place: dict[tuple[Any, ...], Stage] = {}
 
@@ -157,6 +159,9 @@ def _task_plan(settings: config.GapConfig, number: int, code: str) -> Plan:
             for kind in section.trained[:2]:
                 scorer(kind, count, needed)
         add("untrained", seed, "", 0, "gold and null scorers", {}, needed, 1e9)
+        if not has_gold:
+            # Nobody could say which samples are good.
+            continue
         drawn = settings.samples
         inputs = drawn.model_dump(exclude={"quantile", "best_of_n"})
         count = (drawn.prompts + drawn.validation_prompts) * (
@@ -269,6 +274,10 @@ class MeasuredScene(Scene):
             "validation": kept["log_likelihood"],
             "margins": self._margins(scorer),
         }
+
+    def _judged(self, params) -> dict[str, Any]:
+        """Nothing where there is no gold reward to judge by."""
+        return super()._judged(params) if self.task.reward_range is not None else {}
 
     def do_untrained(self) -> dict[str, Any]:
         """Margins of the scorers that learn nothing."""

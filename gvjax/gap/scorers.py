@@ -1,6 +1,7 @@
 """Scorers of completions behind one interface, and the training of those that learn: same data, start and budget."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -34,6 +35,12 @@ Score = Callable[[Prompts, Completions], np.ndarray]
 Untrained = Literal["gold", "own log-probability"]
 UNTRAINED: tuple[Untrained, ...] = ("gold", "own log-probability")
 """Scorers that learn nothing: the judge itself, and the null verifier that a policy always has."""
+
+
+def untrained_of(task: Task) -> tuple[Untrained, ...]:
+    """Those that a task has: without a gold reward, the policy's own log-probability alone."""
+    return UNTRAINED if task.reward_range is not None else UNTRAINED[1:]
+
 
 DESCRIPTIONS = {
     "global reward model": "reward model whose head reads the completion as a whole",
@@ -196,14 +203,14 @@ def _program(
         config.OptimizerSection(learning_rate=learning_rate), updates
     )
     if kind == "DPO implicit reward":
-        step = steps.make_dpo_step(ground.logps_fn, tx, beta=beta)
-        return ground.compiler(step, tx), schedule
+        make_step = functools.partial(steps.make_dpo_step, tx=tx, beta=beta)
+        return ground.compiler(make_step, tx), schedule
     if kind == "frozen features":
         tx = optax.multi_transform(
             {"head": tx, "trunk": optax.set_to_zero()}, _part_of_reward_model
         )
     step = steps.make_reward_step(ground.reward_fn(pooling), tx)
-    return ground.compiler(step, tx), schedule
+    return ground.compiler(lambda _: step, tx), schedule
 
 
 def _part_of_reward_model(params: Params) -> Params:

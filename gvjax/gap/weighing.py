@@ -128,15 +128,18 @@ def _task(
     ]
     numbers: dict[str, _Number] = {}
     found, curves, multiplier = _likelihoods(settings, scenes, numbers)
-    choices, chosen_n = _samples(settings, scenes, numbers)
-    if number == 0:
-        _sizes(settings, scenes, chosen_n, numbers)
+    choices: tuple[ChoiceCurve, ...] = ()
+    chosen_n = None
+    if scenes[0].task.reward_range is not None:
+        choices, chosen_n = _samples(settings, scenes, numbers)
+        if number == 0:
+            _sizes(settings, scenes, chosen_n, numbers)
     pilot = pilot_results(settings, plan, store, number)
     onsets: dict[str, SeedValues] = {}
     judged: Judged | None = None
     if pilot is not None:
         judged = judging.judge(settings, plan, store, number, pilot.tasks[0])
-        onsets = _onsets(pilot.tasks[0])
+        onsets = _onsets(pilot.tasks[0], settings.evaluation.validation_prompts)
         _pilot(settings, pilot.tasks[0], judged, numbers)
     bounds, made = _quantities(numbers)
     advice = _advice(settings, bounds, made, multiplier, judged)
@@ -198,7 +201,7 @@ def _likelihoods(
             updates=_per_seed(settings, [float(r["round"]) for _, r in chosen]),
         )
 
-    for kind in scorers.UNTRAINED:
+    for kind in scorers.untrained_of(scenes[0].task):
         untrained = [
             scene.store.result(scene.plan.of("untrained", scene.seed))["margins"][kind]
             for scene in scenes
@@ -525,7 +528,7 @@ def matched_winrate(
     return statistics.MatchedKl(found.difference, reason)
 
 
-def _onsets(task: TaskResult) -> dict[str, SeedValues]:
+def _onsets(task: TaskResult, prompts: int) -> dict[str, SeedValues]:
     """Arm -> per seed, the KL at which gold starts to fall for good while the proxy goes on rising."""
     found: dict[str, SeedValues] = {}
     for arm in task.arms:
@@ -534,8 +537,8 @@ def _onsets(task: TaskResult) -> dict[str, SeedValues]:
             points = [p for p in seed.curve if p.proxy is not None]
             if not points:
                 continue
-            # Two standard errors of a mean over the test prompts: falls below it are noise.
-            spread = float(np.std(seed.gold)) / len(seed.gold) ** 0.5
+            # Two standard errors of an evaluation, a mean over so many prompts: falls below it are noise.
+            spread = float(np.std(seed.gold)) / prompts**0.5
             place = quantities.onset(
                 [p.gold for p in points],
                 [float(p.proxy or 0.0) for p in points],

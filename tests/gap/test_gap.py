@@ -1,6 +1,7 @@
 """`gvjax gap` at toy size, end to end: every stage, every judge, and no work done twice."""
 
 import csv
+import dataclasses
 import functools
 import http.server
 import json
@@ -16,6 +17,7 @@ from gvjax import config, sharding
 from gvjax.__main__ import main
 from gvjax.gap import measurement
 from gvjax.gap.findings import GapFindings
+from gvjax.tasks.tour import Tour
 
 DPO = {"recipe": "dpo", "steps": 2, "evaluate_every": 1, "batch_size": 8, "beta": 0.1}
 RLOO = {
@@ -237,6 +239,56 @@ def test_a_model_behind_an_endpoint_judges_and_its_bias_is_told(where, measured)
     assert found.tasks[0].quantity(
         "online policy's lead over the best offline one"
     ).seeds == {"1": 0.0, "2": 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class NoGold(Tour):
+    """Tour's prompts and pairs, and nobody who could judge a sample."""
+
+    reward_range = None
+
+    def reward(self, prompts, completions):
+        if len(prompts) < 16:
+            raise AssertionError("a sample was judged, and there is no gold reward")
+        return super().reward(prompts, completions)
+
+
+@pytest.mark.slow
+def test_without_a_gold_reward_scorers_alone_are_measured(where):
+    task = {**TOY["task"], "name": f"{__name__}:NoGold"}
+    fields = {"run_dir": "bare", "task": task, "pilot": None, "sizes": []}
+    assert gap(where, {**TOY, **fields})[0] == 0
+    found = GapFindings.from_json((where / "bare" / "gap.json").read_text())
+    assert {q.key for q in found.tasks[0].quantities} == {"Q1", "Q3"}
+    assert "gold" not in {s.name for s in found.tasks[0].scorers}
+    assert found.tasks[0].choices == () and found.advice.basis == "predicted"
+    assert "Best of n" not in (where / "bare" / "gap.html").read_text()
+
+
+def run_of(where, name, **fields) -> int:
+    data = {"run_dir": name, "task": TOY["task"], "model": TOY["model"], **fields}
+    (where / f"{name}.yaml").write_text(yaml.safe_dump(data))
+    return main(["run", f"{name}.yaml"])
+
+
+@pytest.mark.slow
+def test_a_reward_model_of_another_run_judges(where, measured, capsys):
+    sft = {"recipe": "sft", "steps": 1, "batch_size": 8}
+    assert run_of(where, "sft", settings=sft) == 0
+    settings = {"recipe": "reward", "steps": 1, "batch_size": 8}
+    pairs = {"count": 8, "heldout": 8}
+    assert run_of(where, "judge", start="sft", pairs=pairs, settings=settings) == 0
+    judge = {"kind": "reward_model", "run_dir": "judge"}
+    data = {**TOY, "judge": judge, "judged_prompts": 4}
+    assert gap(where, data)[0] == 0
+    found = findings(where).tasks[0].judge
+    assert found.kind == "reward_model" and found.comparisons == 4 * 3 * 2
+    assert 0 <= found.measures["agrees with the gold reward"][0] <= 1
+    wider = {**TOY["model"], "mlp_dim": 64}
+    capsys.readouterr()
+    (where / "toy.yaml").write_text(yaml.safe_dump({**data, "model": wider}))
+    assert main(["gap", "toy.yaml"]) == 64
+    assert "has another network" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,212 @@
+"""What the stages left, weighed: matched KL in winrates, onsets, tests and bounds, by hand; and the page that shows it."""
+
+import dataclasses
+import json
+import math
+import re
+
+import pytest
+from made_up import study
+
+from gvjax import config
+from gvjax.gap import gap_report, quantities, statistics, weighing
+from gvjax.gap.advice import Tier1, Tier2, advise
+from gvjax.gap.findings import (
+    ChoiceCurve,
+    GapFindings,
+    JudgeFinding,
+    Multiplier,
+    ScorerFinding,
+    TaskFinding,
+)
+from gvjax.gap.results import CurvePoint, SeedResult
+
+SEEDS = ("5", "6", "7", "8", "9")
+
+
+def policy(kl, points) -> SeedResult:
+    curve = tuple(
+        CurvePoint(i, gold, at, 10.0, winrate, proxy)
+        for i, (at, gold, winrate, proxy) in enumerate(points)
+    )
+    return SeedResult(5, (0.4, 0.6), kl, 10.0, curve=curve)
+
+
+def test_winrates_at_equal_kl_are_read_off_the_curves():
+    online = policy(4.0, [(2.0, 0.5, 0.7, 0.0), (4.0, 0.6, 0.8, 1.0)])
+    offline = policy(1.0, [(0.5, 0.4, 0.52, 0.0)])
+    found = weighing.matched_winrate(online, 0.8, offline, 0.55)
+    # At KL 1 the online policy is half way from ½ at KL 0 to .7 at KL 2.
+    assert found.difference == pytest.approx((0.5 + 0.7) / 2 - 0.55)
+    # The other way round: never extrapolated.
+    short = policy(0.2, [])
+    far = dataclasses.replace(short, kl=0.4)
+    assert weighing.matched_winrate(far, 0.6, short, 0.5).difference == pytest.approx(0.05)  # fmt: skip
+    # A curve without winrates is left out, not taken for gold.
+    bare = policy(2.0, [(1.0, 0.9, None, None)])
+    other = policy(1.0, [])
+    found = weighing.matched_winrate(bare, 0.7, other, 0.5)
+    assert found.difference == pytest.approx(0.6 - 0.5)
+
+
+def test_onsets_are_kls_where_gold_falls_for_good():
+    task = study().tasks[0]
+    rises = [(1.0, 0.3, 0.5, 0.0), (2.0, 0.5, 0.6, 1.0)]
+    falls = [*rises, (3.0, 0.2, 0.4, 2.0)]
+    arm = task.arm("RLOO")
+    seeds = (policy(3.0, falls), dataclasses.replace(policy(2.0, rises), seed=6))
+    arms = (task.start, dataclasses.replace(arm, seeds=seeds))
+    found = weighing._onsets(dataclasses.replace(task, arms=arms), prompts=10_000)
+    assert found == {"RLOO": {"5": 2.0, "6": None}}
+
+
+def number(values, key="Q1", margin=0.03, unit="winrate"):
+    return weighing._Number(
+        key,
+        unit,
+        dict(zip(SEEDS, values)),
+        statistics.seed_mean(values),
+        margin,
+    )
+
+
+LEADS = [0.10, 0.12, 0.08, 0.11, 0.09]
+
+
+def test_bounds_hold_together_and_holm_covers_the_decision_tests():
+    numbers = {
+        weighing.ADVANTAGE: number(LEADS),
+        weighing.LEAD: number([0.01, -0.02, 0.03, 0.0, -0.01]),
+        "something else": number(LEADS),
+    }
+    bounds, made = weighing._quantities(numbers)
+    lead = statistics.seed_mean(LEADS)
+    low, high = lead.interval(1 - 0.05 / 2)
+    assert (bounds[weighing.ADVANTAGE].low, bounds[weighing.ADVANTAGE].high) == (low, high)  # fmt: skip
+    shown = made[weighing.ADVANTAGE]
+    assert (shown.low, shown.high) == lead.interval()
+    assert shown.low > shown.bound_low and shown.detectable > 0
+    assert shown.p_holm == pytest.approx(2 * lead.p_value())
+    other = made["something else"]
+    assert other.p_holm is None and other.bound_low is None
+    assert other.equivalent is False
+    assert made[weighing.LEAD].p_holm == made[weighing.LEAD].p_value
+
+
+def test_seeds_that_agree_exactly_give_no_interval():
+    # As when nothing was learnt: no advice may rest on it.
+    bounds, made = weighing._quantities({weighing.DIFFERENCE: number([0.0] * 5)})
+    assert bounds[weighing.DIFFERENCE].low is None
+    assert "agree exactly" in made[weighing.DIFFERENCE].reason
+    advice = advise(tier2=Tier2(5, difference=bounds[weighing.DIFFERENCE]))
+    assert advice.verdict == "inconclusive"
+
+
+def scorer(name, pairs, likelihood) -> ScorerFinding:
+    values = {seed: likelihood - 0.001 * i for i, seed in enumerate(SEEDS)}
+    return ScorerFinding(
+        name,
+        "made up",
+        pairs,
+        values,
+        {seed: math.exp(v) for seed, v in values.items()},
+        dict.fromkeys(SEEDS, 0.7),
+        dict.fromkeys(SEEDS, 0.02),
+        dict.fromkeys(SEEDS, 1e-3) if pairs else {},
+        dict.fromkeys(SEEDS, 60.0) if pairs else {},
+    )
+
+
+@pytest.fixture(scope="module")
+def findings() -> GapFindings:
+    """Made up: no number here was measured."""
+    pilot = study()
+    pilot = dataclasses.replace(pilot, tasks=pilot.tasks[:1], contrasts=pilot.contrasts[:1])  # fmt: skip
+    _, made = weighing._quantities(
+        {
+            weighing.ADVANTAGE: number(LEADS, unit="nats per pair"),
+            weighing.HEADROOM: number(LEADS, "Q4", unit="winrate − ½, n = 4"),
+            weighing.DIFFERENCE: number(LEADS, "Q6"),
+        }
+    )
+    curves = [
+        scorer(name, pairs, top + slope / pairs)
+        for name, top, slope in (
+            ("local reward model", -0.6, -10),
+            ("DPO implicit reward", -0.65, -5),
+        )
+        for pairs in (250, 500, 1000)
+    ]
+    task = TaskFinding(
+        "tour",
+        "main",
+        "Made up.",
+        tuple(made.values()),
+        (scorer("gold", 0, -0.5), curves[2], curves[5]),
+        tuple(curves),
+        Multiplier(True, 3.0, 2.0, 4.0, -0.6, -0.6, (-0.1, 0.1), ""),
+        (ChoiceCurve("gold", (1, 2), ((0.5, 0.6),) * 5, ((0.3, 0.4),) * 5),),
+        2,
+        pilot,
+        {"RLOO": {"5": pilot.tasks[0].arm("RLOO").seeds[0].curve[2].kl}},
+        JudgeFinding("llm", 100, {"agrees with the gold reward": (0.9, 0.8, 1.0)}),
+    )
+    return GapFindings(
+        "made up",
+        {
+            "margins": config.MarginsSection().model_dump(),
+            "pilot": {
+                "online": "RLOO",
+                "square": {
+                    "offline_gold": "DPO",
+                    "offline_model": "HyPO",
+                    "online_gold": "Online DPO",
+                    "online_model": "RLOO",
+                },
+            },
+        },
+        "0123456789abcdef",
+        {"gvjax": "0"},
+        "2026-01-01T00:00:00+00:00",
+        tuple(int(seed) for seed in SEEDS),
+        (task,),
+        advise(Tier1(5), judge_warnings=("The judge likes <b>length</b>.",)),
+    )
+
+
+def test_the_json_comes_back(findings):
+    assert GapFindings.from_json(findings.to_json()) == findings
+    value = json.loads(findings.to_json())
+    value["advise"] = 1
+    with pytest.raises(ValueError, match="did you mean 'advice'"):
+        GapFindings.from_json(json.dumps(value))
+
+
+def test_the_page_says_the_verdict_first_and_keeps_its_data(findings):
+    page = gap_report.page(findings)
+    assert page.index("Inconclusive: these") < page.index("What would change")
+    assert "The judge likes &lt;b&gt;length&lt;/b&gt;." in page
+    for text in (
+        "0123456789abcdef",
+        "3 [2, 4] times the labels",
+        "winrate 0.03",
+        "completions of the SFT policy",
+        "agrees with the gold reward",
+        "0.90 [0.80, 1.00]",
+        "times the floating-point operations of DPO",
+        "online − best offline",
+    ):
+        assert text in page, text
+    assert "RLOO, seed 5: gold falls from KL" in page
+    figures = len(re.findall(r"<figure>", page))
+    assert page.count('download="') == figures >= 8
+    assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", page)
+    assert "<script" not in page
+
+
+def test_every_scorer_has_a_mark_of_its_own():
+    from gvjax.gap import gap_figures, scorers
+
+    assert set(gap_figures.MARKS) == set(scorers.DESCRIPTIONS)
+    assert len(set(gap_figures.MARKS.values())) == len(gap_figures.MARKS)
+    assert quantities.EXPONENTS[0] > 0
