@@ -221,13 +221,13 @@ EXPERIMENTS = (
         "short horizon",
         "its twin: the policy too has 3",
         _simulated(Features(paying=3, seen=3, steered=3)),
-        0.5,
+        0.3,
     ),
     Experiment(
         "complex verifier",
         "its twin: the verifier too has 60",
         _simulated(Features(paying=60, seen=60, steered=60)),
-        0.5,
+        0.3,
     ),
     Experiment(
         "misspecified policy",
@@ -245,7 +245,7 @@ EXPERIMENTS = (
         "unrealisable reward",
         "the verifier sees 3 of the 20 features that pay, the policy all: DPO wins",
         _simulated(Features(paying=20, seen=3, steered=20, num_pairs=800)),
-        0.5,
+        0.3,
     ),
     Experiment(
         "shuffled labels",
