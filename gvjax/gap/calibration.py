@@ -215,7 +215,7 @@ EXPERIMENTS = (
         "gap",
         "the verifier has 3 features to learn, the policy 60: RL pays",
         _simulated(Features(paying=3, seen=3, steered=60)),
-        0.3,
+        0.1,
     ),
     Experiment(
         "short horizon",
@@ -233,13 +233,13 @@ EXPERIMENTS = (
         "misspecified policy",
         "one feature moves the policy, pairs not to first order, the reward does: RL gains, A is within its margin",
         _simulated(MISLED, Design(seeds=8, ridges=(1e-5, 1e-4, 1e-3))),
-        0.3,
+        0.1,
     ),
     Experiment(
         "uncovered policy",
         "40 of the policy's 43 features do not vary in the pairs: A = 0, and RL pays",
         _simulated(Features(paying=3, seen=3, steered=43, uncovered=40), Design(seeds=8)),
-        0.3,
+        0.1,
     ),
     Experiment(
         "unrealisable reward",
