@@ -364,10 +364,10 @@ def _seed(world: World, design: Design, rng: Rng) -> _Seed:
         "validation": world.table(rng, design.validation_prompts),
         "test": world.table(rng, design.prompts),
     }
-    curves = {
-        which: _best_of_n(rng, design, table, verifier, implicit)
-        for which, table in prompts.items()
-    }
+    chosen_on = _best_of_n(rng, design, prompts["validation"], {"verifier": verifier})
+    curves = _best_of_n(
+        rng, design, prompts["test"], {"verifier": verifier, "implicit": implicit}
+    )
     arms = {
         "online": lambda table, beta: world.online(table, verifier, beta),
         "offline": lambda table, beta: _gibbs(
@@ -381,11 +381,11 @@ def _seed(world: World, design: Design, rng: Rng) -> _Seed:
     best = {name: judged["validation"].best(name, world.betas) for name in arms}
     return _Seed(
         advantage=likelihoods[0] - likelihoods[1],
-        validation=curves["validation"]["verifier"],
-        headroom=curves["test"]["verifier"],
-        implicit=curves["test"]["implicit"],
-        oracle=curves["test"]["oracle"],
-        gold_gap=float(curves["test"]["gold_gap"]),
+        validation=chosen_on["verifier"],
+        headroom=curves["verifier"],
+        implicit=curves["implicit"],
+        oracle=curves["oracle"],
+        gold_gap=float(curves["gold_gap"]),
         difference=judged["test"].lead(best),
         matched_kl=judged["test"].matched(best, world.betas),
     )
@@ -410,24 +410,24 @@ def _train(
     validation: Array,
 ) -> Array:
     """f64[D]: weights of the ridge that predicts validation labels best, off by the noise of one training run."""
-    found = []
-    for ridge in design.ridges:
-        weights, information = maximum_likelihood(train[None], ridge=ridge)
-        root = np.linalg.cholesky(information[0])
-        # Covariance noise² · information⁻¹.
-        error = np.linalg.solve(root.T, rng.standard_normal(len(root)))
-        found.append(weights[0] + design.noise * error)
-    return max(
-        found,
-        key=lambda w: statistics.pair_log_likelihoods(validation @ w).mean(),
+    ridges = np.asarray(design.ridges)
+    weights, information = maximum_likelihood(
+        np.broadcast_to(train, (len(ridges), *train.shape)), ridge=ridges
     )
+    # Covariance noise² · information⁻¹.
+    root = np.linalg.cholesky(information)
+    normal = rng.standard_normal(weights.shape)
+    error = np.linalg.solve(root.swapaxes(1, 2), normal[..., None])[..., 0]
+    weights = weights + design.noise * error
+    likelihoods = statistics.pair_log_likelihoods(weights @ validation.T).mean(axis=1)
+    return weights[likelihoods.argmax()]
 
 
 def maximum_likelihood(
     differences: Array,
     weights: Array | None = None,
     *,
-    ridge: float = 0.0,
+    ridge: float | Array = 0.0,
     steps: int = 50,
     tolerance: float = 1e-8,
 ) -> tuple[Array, Array]:
@@ -438,7 +438,7 @@ def maximum_likelihood(
     Args:
       differences: [B, N, D], features chosen − rejected.
       weights: [B, N], c; None counts every pair once.
-      ridge: >= 0, per pair.
+      ridge: >= 0, per pair; one, or [B].
       steps: at most.
       tolerance: of the last step.
 
@@ -452,12 +452,13 @@ def maximum_likelihood(
     c = np.ones((batch, count)) if weights is None else weights
     total = c.sum(1)
     w = np.zeros((batch, width))
+    ridge = np.broadcast_to(ridge, batch)[:, None]
 
     def loss(w: Array) -> Array:
         each = c * np.logaddexp(0, -(differences @ w[..., None])[..., 0])
-        return each.sum(1) / total + ridge / 2 * (w**2).sum(1)
+        return each.sum(1) / total + ridge[:, 0] / 2 * (w**2).sum(1)
 
-    identity = ridge * np.eye(width)
+    identity = ridge[..., None] * np.eye(width)
     before = loss(w)
     for _ in range(steps):
         wrong = special.expit(-(differences @ w[..., None])[..., 0])
@@ -482,27 +483,28 @@ def maximum_likelihood(
     )
 
 
+OPPONENTS = 4
+"""Further samples of the SFT policy that the chosen one must beat."""
+
+
 def _best_of_n(
-    rng: Rng, design: Design, table: Table, verifier: Array, implicit: Array
+    rng: Rng, design: Design, table: Table, learned: dict[str, Array]
 ) -> dict[str, Array]:
-    """Headroom by each scorer at all sizes, and the gap in gold reward, from samples of the SFT policy."""
-    opponents = 4
-    drawn = _sample(table.ref_logps, rng.random((len(table.gold), design.samples + opponents)))  # fmt: skip
+    """Headroom by each scorer and an oracle at all sizes, and the verifier's gap in gold reward."""
+    uniform = rng.random((len(table.gold), design.samples + OPPONENTS))
+    drawn = _sample(table.ref_logps, uniform)
     rows = np.arange(len(table.gold))[:, None]
-    gold, chosen = table.gold[rows, drawn], drawn[:, : design.samples]
-    wins = quantities.winrates(gold[:, : design.samples], gold[:, design.samples :])
-    gold = gold[:, : design.samples]
-    scores = {
-        "verifier": table.seen[rows, chosen] @ verifier,
-        "implicit": table.steered[rows, chosen] @ implicit,
-        "oracle": gold,
-    }
+    gold, against = np.split(table.gold[rows, drawn], [design.samples], axis=1)
+    chosen = drawn[:, : design.samples]
+    wins = quantities.winrates(gold, against)
+    features = {"verifier": table.seen, "implicit": table.steered}
+    scores = {name: (features[name] @ w)[rows, chosen] for name, w in learned.items()}
+    gap = quantities.gold_gap(scores["verifier"], gold, gold.max(1), quantile=1 / 8)
     found = {
         name: quantities.headroom(each, wins, design.sizes)
-        for name, each in scores.items()
+        for name, each in {**scores, "oracle": gold}.items()
     }
-    gap = quantities.gold_gap(scores["verifier"], gold, gold.max(1), quantile=1 / 8).gap
-    return {**found, "gold_gap": np.array(gap)}
+    return {**found, "gold_gap": np.array(gap.gap)}
 
 
 Policies = dict[str, Callable[[Table, float], Array]]

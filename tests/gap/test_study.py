@@ -148,6 +148,9 @@ def test_every_arm_of_every_seed_is_in_results_and_report(where, unbroken):
         }
     by_name = {arm["name"]: arm for arm in tour["arms"]}
     assert by_name["DPO, more data"]["road"] == "relabelled"
+    more, same = (by_name[name]["seeds"] for name in ("RLOO, more prompts", "RLOO"))
+    assert by_name["RLOO, more prompts"]["road"] == "online"
+    assert [seed["kl"] for seed in more] != [seed["kl"] for seed in same]
     assert by_name["best of 2"]["seeds"][0]["ledger"]["sampled_tokens"] > 0
     assert by_name["best of 2"]["description"] == "best of n, nothing trained"
     # A sweep of two, and a reward model beside DPO: the labels are the same 32.

@@ -18,6 +18,14 @@ def prompts_of(rows) -> Prompts:
     return Prompts(np.array(rows), np.full(len(rows), len(rows[0])))
 
 
+def test_rows_follow_rows():
+    first, second = prompts_of([[0, 1], [2, 3]]), prompts_of([[4, 5]])
+    both = first.followed_by(second)
+    assert isinstance(both, Prompts)
+    assert both.tokens.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert both.lengths.tolist() == [2, 2, 2]
+
+
 def test_hash_is_the_same_in_every_process_and_release():
     # A change here moves prompts between splits and makes old results incomparable.
     hashes = task_lib.content_hash(prompts_of([[0, 1, 2, 3], [3, 2, 1, 0]]))
