@@ -7,6 +7,7 @@ compiled once and found again in a cache on disk.
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -41,6 +42,9 @@ class Preloaded:
             "COLUMNS": "200",
             "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            # Compiled fast, and once for all processes of a group: it is not speed that these tests are about.
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         self._server = subprocess.Popen(
@@ -356,6 +360,10 @@ def become(order: dict[str, Any]) -> int:
 def serve() -> None:
     for name in ("gvjax.commands", "tensorboardX.event_file_writer"):
         importlib.import_module(name)
+    # Their lives are short: collecting garbage would be a quarter of the time that they trace programs.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
     children: set[int] = set()
     orders = b""
     while True:

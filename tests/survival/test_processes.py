@@ -12,7 +12,7 @@ from gvjax import distributed
 
 TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 FOUR_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-ROADS = ("sft", "reward", "dpo", "online_dpo", "policy_gradient")
+ROADS = ("sft", "reward", "dpo", "policy_gradient")
 
 
 def both_roads(where: str, *overrides: str) -> list[str]:
@@ -20,7 +20,7 @@ def both_roads(where: str, *overrides: str) -> list[str]:
     command: list[str] = []
     for recipe in ROADS:
         earlier = [] if recipe == "sft" else [f"start={where}/sft"]
-        if recipe in ("online_dpo", "policy_gradient"):
+        if recipe == "policy_gradient":
             earlier.append(f"reward_model={where}/reward")
         command += ["+"] if command else []
         command += ["run", f"{recipe}.yaml", f"run_dir={where}/{recipe}"]
