@@ -26,6 +26,7 @@ import faulthandler
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import selectors
@@ -266,6 +267,7 @@ class Watchdog:
         self._step: int | None = None
         self._last = time.monotonic()
         self._paused = 0
+        self._paused_limit: float | None = None
         self._untimed = True
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -292,18 +294,23 @@ class Watchdog:
         self._step, self._last, self._untimed = step, now, False
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """While inside, no limit holds: an evaluation, another compilation, a long save."""
+    def paused(self, limit_s: float | None = None) -> Iterator[None]:
+        """While inside, another limit holds, or none: an evaluation, another compilation, a long save."""
+        before, self._paused_limit = self._paused_limit, limit_s
+        self._last = time.monotonic()
         self._paused += 1
         try:
             yield
         finally:
             self._untimed, self._last = True, time.monotonic()
             self._paused -= 1
+            self._paused_limit = before
 
     @property
     def limit_s(self) -> float:
         """Seconds without a beat after which the process ends."""
+        if self._paused:
+            return math.inf if self._paused_limit is None else self._paused_limit
         if not self._durations:
             return max(self._first_s, self._floor_s)
         # A copy, since the loop's thread may append meanwhile.
@@ -320,7 +327,7 @@ class Watchdog:
                 self._last = min(self._last + lost, now)
             looked = now
             limit, idle = self.limit_s, now - self._last
-            if self._paused or idle <= limit:
+            if idle <= limit:
                 continue
             print(
                 f"watchdog: no step for {idle:.1f} s (limit {limit:.1f} s) since step {self._step} on process "

@@ -258,6 +258,9 @@ def test_the_watchdog_limit_follows_the_median_and_leaves_out_pauses(monkeypatch
         watchdog.limit_s == 10
     )  # the first interval, with the compilation, is left out
     with watchdog.paused():
+        assert watchdog.limit_s == float("inf")
+        with watchdog.paused(50):
+            assert watchdog.limit_s == 50
         clock[0] += 1000
     clock[0] += 3
     watchdog.beat(5)

@@ -248,9 +248,9 @@ class TimeoutsSection(Section):
     """Seconds after which a run counts as stuck and ends, so that a supervisor can start it again.
 
     Attributes:
-      step: without a step (exit code 71); ten times the median step holds where that is more. Evaluations and saves do
-        not count.
-      first_step: the same until the first step is done, which contains the compilation.
+      step: without a step (exit code 71); ten times the median step holds where that is more. Evaluations do not count.
+      first_step: the same until the first step is done, which contains the compilation, and while a checkpoint is
+        written.
       heartbeat: without a sign of life from another process; a frozen host is noticed by this.
       arrival: for all processes to arrive at the start.
     """

@@ -274,14 +274,13 @@ def as_nobody(_: None) -> None:
 
 
 def jumping_clock(_: None) -> None:
-    """The wall clock jumps by years, to and fro."""
-    plain, calls = time.time, []
+    """The wall clock jumps ahead by a year, and back by two."""
+    from gvjax import distributed
 
-    def now() -> float:
-        calls.append(None)
-        return plain() + (-1) ** len(calls) * 1e8
-
-    time.time = now
+    plain, ahead = time.time, [0.0]
+    time.time = lambda: plain() + ahead[0]
+    at_call(distributed.Watchdog, "beat", 5, lambda: ahead.append(ahead.pop() + 3e7))
+    at_call(distributed.Watchdog, "beat", 7, lambda: ahead.append(ahead.pop() - 6e7))
 
 
 def full_disk(first: int, last: int) -> None:
