@@ -63,6 +63,9 @@ SKYPILOT_PORT = 8476
 CONNECT_TIMEOUT_S = 10.0
 """How long the processes may take to open their lifelines once all have arrived."""
 
+_GOODBYE, _STUCK = b".", b"!"
+"""What a process may say to the others before it ends; without a word it is gone."""
+
 _preempted = threading.Event()
 _lifelines: dict[int, socket.socket] = {}
 
@@ -336,9 +339,15 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
-            faulthandler.dump_traceback(file=2, all_threads=True)
-            _flush()
-            os._exit(ExitCode.HANG)
+            _leave_stuck()
+
+
+def _leave_stuck() -> NoReturn:
+    """Tells the others, since it may be one of them that all wait for, and theirs the stack that says for what."""
+    _say(_STUCK)
+    faulthandler.dump_traceback(file=2, all_threads=True)
+    _flush()
+    os._exit(ExitCode.HANG)
 
 
 def _resolve(
@@ -500,12 +509,20 @@ def _watch_lifelines() -> None:
     while selector.get_map():
         for key, _ in selector.select():
             try:
-                goodbye = _lifelines[key.data].recv(1) != b""
+                last_word = _lifelines[key.data].recv(1)
             except OSError:
-                goodbye = False
-            if goodbye:
+                last_word = b""
+            if last_word == _GOODBYE:
                 selector.unregister(key.fileobj)
                 continue
+            if last_word == _STUCK:
+                print(
+                    f"process {jax.process_index()} leaves, because process {key.data} sees no step; the stack of every "
+                    "thread follows",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                _leave_stuck()
             print(
                 f"process {jax.process_index()} leaves, because process {key.data} is gone",
                 file=sys.stderr,
@@ -516,9 +533,13 @@ def _watch_lifelines() -> None:
 
 
 def _say_goodbye() -> None:
+    _say(_GOODBYE)
+
+
+def _say(word: bytes) -> None:
     for line in _lifelines.values():
         with contextlib.suppress(OSError):
-            line.sendall(b".")
+            line.sendall(word)
 
 
 def _crash(kind, error, trace) -> None:

@@ -42,9 +42,8 @@ class Preloaded:
             "COLUMNS": "200",
             "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            # Compiled fast, and once for all processes of a group: it is not speed that these tests are about.
+            # Compiled in a hurry: it is not speed that these tests are about.
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         self._server = subprocess.Popen(
@@ -251,7 +250,10 @@ def stuck_data(number: int) -> None:
     """A loader that does not come back."""
     from gvjax.tasks.tour import Tour
 
-    at_call(Tour, "demonstrations", number, lambda: time.sleep(1000))
+    def stuck() -> None:
+        time.sleep(1000)
+
+    at_call(Tour, "demonstrations", number, stuck)
 
 
 def slow_rounds(seconds: float) -> None:

@@ -124,7 +124,7 @@ def test_a_study_killed_within_and_between_stages_has_the_same_numbers(preloaded
     )
 
 
-KILLS = {recipe: 10 if recipe == "sft" else 5 for recipe in RECIPES}
+KILLS = {recipe: {"sft": 18, "reward": 6}.get(recipe, 4) for recipe in RECIPES}
 assert sum(KILLS.values()) >= 50
 
 
