@@ -104,7 +104,7 @@ def test_a_jumping_clock_changes_no_number(preloaded, whole):
 OWN_LOSS = """
 from gvjax import losses
 
-def loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta):
+def loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1):
     return losses.dpo_loss(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=beta
     )
@@ -143,7 +143,8 @@ def test_a_changed_config_or_file_is_refused_with_a_diff_and_goes_on_by_force(
     assert code == 0, said
     assert f"going on from {where}/own/checkpoints/" in said.replace("\n", "")
     lines = (where / "own" / "metrics.jsonl").read_text().splitlines()
-    rates = [json.loads(line).get("learning_rate") for line in lines]
-    assert rates[0] != 0.5 and rates[-2] == 0.5
+    logged = [json.loads(line) for line in lines]
+    rates = [line["learning_rate"] for line in logged if "learning_rate" in line]
+    assert len(rates) == 8 and rates[0] == 0.001 and rates[-1] == 0.5
     code, said = run(f"{name}=0.7", "--force", name)
     assert code == 64 and "finished run" in said
