@@ -10,6 +10,7 @@ from gvjax.config.base import (
     RESOLVED,
     ConfigError,
     Count,
+    FileName,
     Imported,
     NonNegative,
     Positive,
@@ -43,7 +44,7 @@ class RowsSection(Section):
     """
 
     source: str
-    path: str | None = None
+    path: FileName | None = None
     train: str = "train"
     validation: str = "test[:50%]"
     test: str = "test[50%:]"
@@ -74,14 +75,14 @@ class DatasetSection(Section):
     name: str
     rows: RowsSection
     demonstrations: RowsSection | None = None
-    tokenizer: str | None = None
+    tokenizer: FileName | None = None
     chat: bool = False
-    template: str | None = None
+    template: FileName | None = None
     system: str | None = None
     max_prompt: Count
     max_completion: Count
     prompt_truncation: Literal["left", "right", "newline"] = "left"
-    gold: str | None = None
+    gold: FileName | None = None
     prepared: str = "runs/prepared"
 
 

@@ -144,7 +144,7 @@ class Process:
         self._preloaded = preloaded
         self.place = place
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 300) -> int:
         code = self._preloaded.code_of(self.pid, timeout)
         if code is None:
             self.kill()
@@ -155,7 +155,7 @@ class Process:
         """What it has printed."""
         return self.place.with_suffix(".out").read_text()
 
-    def reached(self, step: int, timeout: float = 120) -> None:
+    def reached(self, step: int, timeout: float = 300) -> None:
         """Waits until it has made so many rounds of its run."""
         deadline = time.monotonic() + timeout
         beats = self.place.with_suffix(".beats")

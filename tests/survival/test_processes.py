@@ -37,7 +37,7 @@ def sft(where: str) -> list[str]:
     return ["run", "sft.yaml", f"run_dir={where}", "mesh.fsdp=2"]
 
 
-def codes(group, timeout: float = 240) -> list[int]:
+def codes(group, timeout: float = 600) -> list[int]:
     deadline = time.monotonic() + timeout
     return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in group]
 
@@ -55,7 +55,7 @@ def losses_of(directory: pathlib.Path) -> list[float]:
 def alone(preloaded):
     """Both roads by one process with one device."""
     process = preloaded.start(*chain(ROADS, "alone"))
-    assert process.wait(240) == 0, process.said()
+    assert process.wait(600) == 0, process.said()
     return preloaded.directory / "alone"
 
 
