@@ -293,7 +293,7 @@ class Checkpoints:
         )
 
     def _failed(self, step: int, error: Exception) -> None:
-        """Leaves a sound object behind a failed save, then raises or logs as `on_full_disk` says."""
+        """Leaves a sound object behind a failed save, then raises or logs: what `on_full_disk` says, or a time limit."""
         logger.debug("saving step %d failed", step, exc_info=error)
         # Orbax raises the same error once more when it is closed, and keeps counting the step as saved.
         with contextlib.suppress(Exception):
@@ -306,7 +306,10 @@ class Checkpoints:
             f"{self.latest_step()}"
         )
         self.last_error = failure
-        if full and self._on_full_disk == "continue" and jax.process_count() == 1:
+        # Orbax counts its time limits by the wall clock, and gives a save up when that jumps.
+        gave_up = isinstance(error, TimeoutError) and self.latest_step() is not None
+        passed_over = gave_up or (full and self._on_full_disk == "continue")
+        if passed_over and jax.process_count() == 1:
             logger.error("%s; going on without it", failure)
             return
         raise failure from None

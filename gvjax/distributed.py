@@ -26,6 +26,7 @@ import faulthandler
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import selectors
@@ -61,6 +62,9 @@ SKYPILOT_PORT = 8476
 
 CONNECT_TIMEOUT_S = 10.0
 """How long the processes may take to open their lifelines once all have arrived."""
+
+_GOODBYE, _STUCK = b".", b"!"
+"""What a process may say to the others before it ends; without a word it is gone."""
 
 _preempted = threading.Event()
 _lifelines: dict[int, socket.socket] = {}
@@ -266,6 +270,7 @@ class Watchdog:
         self._step: int | None = None
         self._last = time.monotonic()
         self._paused = 0
+        self._paused_limit: float | None = None
         self._untimed = True
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -292,18 +297,23 @@ class Watchdog:
         self._step, self._last, self._untimed = step, now, False
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """While inside, no limit holds: an evaluation, another compilation, a long save."""
+    def paused(self, limit_s: float | None = None) -> Iterator[None]:
+        """While inside, another limit holds, or none: an evaluation, another compilation, a long save."""
+        before, self._paused_limit = self._paused_limit, limit_s
+        self._last = time.monotonic()
         self._paused += 1
         try:
             yield
         finally:
             self._untimed, self._last = True, time.monotonic()
             self._paused -= 1
+            self._paused_limit = before
 
     @property
     def limit_s(self) -> float:
         """Seconds without a beat after which the process ends."""
+        if self._paused:
+            return math.inf if self._paused_limit is None else self._paused_limit
         if not self._durations:
             return max(self._first_s, self._floor_s)
         # A copy, since the loop's thread may append meanwhile.
@@ -320,7 +330,7 @@ class Watchdog:
                 self._last = min(self._last + lost, now)
             looked = now
             limit, idle = self.limit_s, now - self._last
-            if self._paused or idle <= limit:
+            if idle <= limit:
                 continue
             print(
                 f"watchdog: no step for {idle:.1f} s (limit {limit:.1f} s) since step {self._step} on process "
@@ -329,9 +339,15 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
-            faulthandler.dump_traceback(file=2, all_threads=True)
-            _flush()
-            os._exit(ExitCode.HANG)
+            _leave_stuck()
+
+
+def _leave_stuck() -> NoReturn:
+    """Tells the others, since it may be one of them that all wait for, and theirs the stack that says for what."""
+    _say(_STUCK)
+    faulthandler.dump_traceback(file=2, all_threads=True)
+    _flush()
+    os._exit(ExitCode.HANG)
 
 
 def _resolve(
@@ -493,12 +509,20 @@ def _watch_lifelines() -> None:
     while selector.get_map():
         for key, _ in selector.select():
             try:
-                goodbye = _lifelines[key.data].recv(1) != b""
+                last_word = _lifelines[key.data].recv(1)
             except OSError:
-                goodbye = False
-            if goodbye:
+                last_word = b""
+            if last_word == _GOODBYE:
                 selector.unregister(key.fileobj)
                 continue
+            if last_word == _STUCK:
+                print(
+                    f"process {jax.process_index()} leaves, because process {key.data} sees no step; the stack of every "
+                    "thread follows",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                _leave_stuck()
             print(
                 f"process {jax.process_index()} leaves, because process {key.data} is gone",
                 file=sys.stderr,
@@ -509,9 +533,13 @@ def _watch_lifelines() -> None:
 
 
 def _say_goodbye() -> None:
+    _say(_GOODBYE)
+
+
+def _say(word: bytes) -> None:
     for line in _lifelines.values():
         with contextlib.suppress(OSError):
-            line.sendall(b".")
+            line.sendall(word)
 
 
 def _crash(kind, error, trace) -> None:

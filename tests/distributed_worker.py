@@ -7,7 +7,6 @@ import json
 import logging
 import pathlib
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gvjax import distributed, sharding
-from gvjax.checkpoint import Checkpoints
 
 RULES = [("w", P("fsdp"))]
 ROWS = 8
@@ -41,8 +39,7 @@ def batch_at(number: int) -> dict:
 
 def main(act: str, directory: pathlib.Path) -> None:
     logging.basicConfig(level=logging.INFO)
-    heartbeat = 5 if act == "freeze" else 30
-    distributed.initialize(heartbeat_timeout_s=heartbeat)
+    distributed.initialize()
     me = jax.process_index()
     first = batch_at(100 * me if act == "differ" else 0)
     distributed.assert_same_on_all_hosts("config", distributed.batch_digest(first))
@@ -53,47 +50,26 @@ def main(act: str, directory: pathlib.Path) -> None:
     targets = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = sharding.jit_step(step, mesh, targets)
     rows = sharding.process_rows(mesh, ROWS)
-    steps = 3 if act in ("train", "tensor") else 10_000
-    code, losses = distributed.ExitCode.DONE, []
-    limits = {"floor_s": 1.0} if act == "hang" else {}
-    with (
-        distributed.Watchdog(**limits) as watchdog,
-        Checkpoints(directory / "ckpt", every_steps=2) as checkpoints,
-    ):
-        if act == "resume":
-            restored = checkpoints.restore(sharding.abstract(state, targets))
-            state, steps = restored.state, restored.step + 3
-        for number in range(int(state["step"]), steps):
-            batch = batch_at(number)
-            if act == "tensor":
-                placed = sharding.put_batch(mesh, batch)
-            else:
-                mine = {name: array[rows] for name, array in batch.items()}
-                placed = sharding.put_batch(mesh, mine, global_batch=ROWS)
-            state, metrics = jitted(state, placed)
-            losses.append(float(metrics["loss"]))
-            watchdog.beat(number + 1)
-            if number >= 5 and me == 1:
-                if act == "raise":
-                    raise KeyError("a bug in one process")
-                while act == "hang":
-                    time.sleep(0.05)
-            stop = distributed.preemption_requested(number + 1)
-            if act not in ("raise", "hang", "freeze"):
-                checkpoints.save(number + 1, state, {"row": number + 1}, force=stop)
-            if stop:
-                code = distributed.ExitCode.PREEMPTED
-                break
-            print(number + 1, flush=True)
-            time.sleep(0.02)
+    losses = []
+    for number in range(10_000 if act == "raise" else 3):
+        batch = batch_at(number)
+        if act == "tensor":
+            placed = sharding.put_batch(mesh, batch)
+        else:
+            mine = {name: array[rows] for name, array in batch.items()}
+            placed = sharding.put_batch(mesh, mine, global_batch=ROWS)
+        state, metrics = jitted(state, placed)
+        losses.append(float(metrics["loss"]))
+        if act == "raise" and number >= 5 and me == 1:
+            raise KeyError("a bug in one process")
+        print(number + 1, flush=True)
     result = {
         "losses": losses,
         "rows": rows.tolist(),
-        "step": int(state["step"]),
         "processes": jax.process_count(),
     }
     (directory / f"{me}.json").write_text(json.dumps(result))
-    distributed.exit_with(code)
+    distributed.exit_with(distributed.ExitCode.DONE)
 
 
 if __name__ == "__main__":

@@ -442,6 +442,21 @@ def test_a_full_disk_stops_or_continues_as_told(tmp_path, policy):
     assert not list(tmp_path.glob("*tmp*"))
 
 
+def test_a_save_that_takes_too_long_by_the_clock_is_passed_over(tmp_path, caplog):
+    state = {"a": jnp.zeros(2)}
+    with Checkpoints(tmp_path, every_steps=1) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"step 1 .* was not written"):
+            # With nothing to fall back on.
+            checkpoints.failed(1, TimeoutError("after a year"))
+        checkpoints.save(1, state, {})
+        checkpoints.failed(2, TimeoutError("after a year"))
+        assert "TimeoutError: after a year; the last good step is 1" in caplog.text
+        with pytest.raises(CheckpointError, match=r"step 2 .* was not written"):
+            checkpoints.failed(2, ValueError("a bug"))
+        assert checkpoints.save(3, state, {})
+    assert checkpoints.latest_step() == 3
+
+
 KILLED = """
     import sys, time
     import numpy as np

@@ -215,6 +215,11 @@ REFUSED = {
             "checkpoints": {},
         }.items()
     },
+    "a step limit of best-of-n": (
+        best_of_n(timeouts={"step": 5.0}),
+        "step is given, but recipe best_of_n trains nothing",
+    ),
+    "no heartbeat": ({**RUN, "timeouts": {"heartbeat": 0}}, "timeouts.heartbeat is 0"),
     "a start for sft": ({**RUN, "start": "runs/y"}, "recipe sft does not use start"),
     "no start": ({**RUN, "settings": PG}, "policy_gradient needs start"),
     "no pairs": ({**offline(), "pairs": None}, "dpo needs pairs"),

@@ -1,4 +1,4 @@
-"""Real processes that start together, notice each other's death, and end with the agreed codes."""
+"""Processes that start together or not at all. How they end, and what `gvjax run` makes of it: tests/survival."""
 
 import contextlib
 import json
@@ -16,7 +16,6 @@ import pytest
 from distributed_worker import RULES, init, step
 
 from gvjax import distributed, sharding
-from gvjax.checkpoint import Checkpoints
 
 WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
 
@@ -110,13 +109,12 @@ def alone(steps: int) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_many_processes_train_as_one(start, count):
-    group = start("train", count)
-    assert group.codes(90) == [0] * count, group.errors()
+def test_each_process_loads_its_own_rows(start):
+    group = start("train")
+    assert group.codes(90) == [0, 0], group.errors()
     results = group.results()
     for result in results:
-        assert result["processes"] == count
+        assert result["processes"] == 2
         np.testing.assert_allclose(result["losses"], alone(3), rtol=1e-6)
     assert all(result["losses"] == results[0]["losses"] for result in results)
     assert sorted(row for r in results for row in r["rows"]) == list(range(8))
@@ -132,26 +130,6 @@ def test_processes_that_share_a_tensor_axis_load_the_same_rows(start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_one_killed_all_are_gone_within_two_seconds_and_a_new_group_resumes(
-    start, victim
-):
-    group = start("kill")
-    group.wait_for_step(5)
-    group.processes[victim].send_signal(signal.SIGKILL)
-    codes = group.codes(2)
-    assert codes[victim] == -signal.SIGKILL
-    assert codes[1 - victim] not in (0, 85)
-
-    group = start("resume")
-    assert group.codes(60) == [0, 0], group.errors()
-    first, second = group.results()
-    # Saves are due at 2 and 4; that of 4 may still have been under way.
-    assert first["step"] == second["step"] >= 2 + 3
-    np.testing.assert_allclose(first["losses"], alone(first["step"])[-3:], rtol=1e-5)
-
-
-@pytest.mark.slow
 def test_an_exception_in_one_ends_all_at_once(start):
     group = start("raise")
     group.wait_for_step(5)
@@ -159,48 +137,6 @@ def test_an_exception_in_one_ends_all_at_once(start):
     assert codes[1] == distributed.ExitCode.CRASH
     assert codes[0] not in (0, 85)
     assert "KeyError: 'a bug in one process'" in group.errors()
-
-
-@pytest.mark.slow
-def test_a_stuck_loop_is_ended_by_the_watchdog_with_its_stack(start):
-    group = start("hang")
-    group.wait_for_step(5)
-    codes = group.codes(8)
-    assert distributed.ExitCode.HANG in codes and 0 not in codes
-    assert "watchdog: no step for" in group.errors()
-    assert "distributed_worker.py" in group.errors()
-
-
-@pytest.mark.slow
-def test_a_frozen_process_is_noticed_by_its_heartbeat(start):
-    group = start("freeze")
-    group.wait_for_step(3)
-    group.processes[1].send_signal(signal.SIGSTOP)
-    start_time = time.monotonic()
-    try:
-        assert group.processes[0].wait(timeout=25) not in (0, 85)
-    finally:
-        group.processes[1].kill()
-    assert time.monotonic() - start_time > 1
-
-
-@pytest.mark.slow
-def test_sigterm_to_one_stops_all_at_the_same_step_and_the_run_goes_on_elsewhere(start):
-    group = start("term")
-    group.wait_for_step(4)
-    group.processes[1].send_signal(signal.SIGTERM)
-    assert group.codes(15) == [85, 85], group.errors()
-    first, second = group.results()
-    assert first["step"] == second["step"] > 4
-    assert first["losses"] == second["losses"]
-    # Saved by two processes of two devices, restored by this one with eight.
-    mesh = sharding.make_mesh(data=1, fsdp=8)
-    targets = sharding.shardings(mesh, jax.eval_shape(init), RULES)
-    with Checkpoints(group.directory / "ckpt", every_steps=2) as checkpoints:
-        restored = checkpoints.restore(sharding.abstract(jax.eval_shape(init), targets))
-    assert restored.step == first["step"] == int(restored.state["step"])
-    assert restored.meta == {"row": first["step"]}
-    np.testing.assert_allclose(alone(first["step"]), first["losses"], rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -322,6 +258,9 @@ def test_the_watchdog_limit_follows_the_median_and_leaves_out_pauses(monkeypatch
         watchdog.limit_s == 10
     )  # the first interval, with the compilation, is left out
     with watchdog.paused():
+        assert watchdog.limit_s == float("inf")
+        with watchdog.paused(50):
+            assert watchdog.limit_s == 50
         clock[0] += 1000
     clock[0] += 3
     watchdog.beat(5)

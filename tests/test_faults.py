@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from gvjax import __main__ as command_line
-from gvjax import config, steps
+from gvjax import config, distributed, steps
+from gvjax.checkpoint import Checkpoints, json_hash
 from gvjax.masked import Mean
 from gvjax.recipes import loop
 
@@ -85,6 +86,45 @@ def test_the_config_says_what_a_full_disk_does(tmp_path, monkeypatch, choice):
     state = steps.init_train_state({"w": jnp.zeros(2)}, optax.adam(0.1))
     with pytest.raises(Opened):
         loop.train(run, state, lambda state, round_: (state, {}), rounds=1)
+
+
+def test_the_config_says_when_a_run_is_stuck(tmp_path, monkeypatch):
+    class Opened(Exception):
+        pass
+
+    def watchdog(*, floor_s, first_s):
+        assert (floor_s, first_s) == (7.0, 9.0)
+        raise Opened
+
+    monkeypatch.setattr(distributed, "Watchdog", watchdog)
+    limits = config.TimeoutsSection(step=7.0, first_step=9.0)
+    run = loop.Run(tmp_path, {}, QUIET, timeouts=limits)
+    state = steps.init_train_state({"w": jnp.zeros(2)}, optax.adam(0.1))
+    with pytest.raises(Opened):
+        loop.train(run, state, lambda state, round_: (state, {}), rounds=1)
+
+
+def test_a_checkpoint_says_what_it_is_of(tmp_path):
+    run = loop.Run(
+        tmp_path, {"seed": 3}, QUIET, config.CheckpointSection(every=2, keep=1)
+    )
+    state = steps.init_train_state({"w": jnp.zeros(2)}, optax.adam(0.1))
+
+    def advance(state, round_):
+        return STEP(state, {"x": jnp.full(2, 1.0)})
+
+    loop.train(run, state, advance, rounds=5)
+    with Checkpoints(tmp_path / "checkpoints", every_steps=1) as kept:
+        abstract = {"train": state, "best": None}
+        restored = kept.restore(jax.eval_shape(lambda: abstract))
+    assert restored.step == 4 and restored.state["train"].step == 4
+    assert restored.meta["identity"] == {"seed": 3}
+    assert restored.meta["hash"] == json_hash({"seed": 3})
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    position = restored.meta["notes"]["log"]
+    assert metrics[:position].count(b"\n") == 4
+    assert {"gvjax", "jax", "jaxlib", "optax"} <= set(restored.versions)
+    assert restored.processes == 1
 
 
 def test_a_run_directory_that_cannot_be_written_is_a_config_error(tmp_path, capsys):

@@ -92,6 +92,53 @@ def test_written_lines_are_there_before_the_log_is_closed(tmp_path):
         assert len(lines(tmp_path / "timing.jsonl")) == 1
 
 
+def test_what_the_disk_does_not_take_is_offered_again(tmp_path, monkeypatch, caplog):
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"loss": 1.0})
+        log.flush()
+        real, full = log._lines._file, [True]
+
+        class Disk:
+            name = real.name
+
+            def write(self, data):
+                # Half of a line fits, then nothing.
+                if full == [True] and len(data) > 5:
+                    full.append("noted")
+                    return real.write(data[:5])
+                if full[0]:
+                    raise OSError(28, "No space left on device")
+                return real.write(data)
+
+            def __getattr__(self, name):
+                return getattr(real, name)
+
+        log._lines._file = Disk()
+        log.write(2, {"loss": 2.0})
+        with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
+            log.flush()
+        log.write(3, {"loss": 3.0})
+        with pytest.raises(OSError, match="No space left"):
+            log.position()
+        full[0] = False
+        assert log.position() == (tmp_path / "metrics.jsonl").stat().st_size
+    assert [line["loss"] for line in read(log.path)] == [1.0, 2.0, 3.0]
+
+
+def test_tensorboard_that_cannot_be_written_is_given_up_aloud(tmp_path, caplog):
+    with MetricsLog(tmp_path) as log:
+
+        class Disk:
+            def write_event(self, event):
+                raise OSError(28, "No space left on device")
+
+        log._events._writer = Disk()
+        for step in range(20):
+            log.write(step, {"loss": 1.0})
+    assert caplog.text.count("no more TensorBoard events") == 1
+    assert len(list(read(log.path))) == 20
+
+
 def test_tensorboard_gets_numbers_and_times(tmp_path):
     with MetricsLog(tmp_path) as log:
         log.write(3, {"loss": 0.5}, {"step_time": 0.25})

@@ -10,6 +10,7 @@ from gvjax.config.base import (
     RESOLVED,
     ConfigError,
     Count,
+    FileName,
     Imported,
     NonNegative,
     Positive,
@@ -43,7 +44,7 @@ class RowsSection(Section):
     """
 
     source: str
-    path: str | None = None
+    path: FileName | None = None
     train: str = "train"
     validation: str = "test[:50%]"
     test: str = "test[50%:]"
@@ -75,14 +76,14 @@ class DatasetSection(Section):
     name: str
     rows: RowsSection
     demonstrations: RowsSection | None = None
-    tokenizer: str | None = None
+    tokenizer: FileName | None = None
     chat: bool = False
-    template: str | None = None
+    template: FileName | None = None
     system: str | None = None
     max_prompt: Count
     max_completion: Count
     prompt_truncation: Literal["left", "right", "newline"] = "left"
-    gold: str | None = None
+    gold: FileName | None = None
     prepared: str = "runs/prepared"
 
 
@@ -249,9 +250,9 @@ class TimeoutsSection(Section):
     """Seconds after which a run counts as stuck and ends, so that a supervisor can start it again.
 
     Attributes:
-      step: without a step (exit code 71); ten times the median step holds where that is more. Evaluations and saves do
-        not count.
-      first_step: the same until the first step is done, which contains the compilation.
+      step: without a step (exit code 71); ten times the median step holds where that is more. Evaluations do not count.
+      first_step: the same until the first step is done, which contains the compilation, and while a checkpoint is
+        written.
       heartbeat: without a sign of life from another process; a frozen host is noticed by this.
       arrival: for all processes to arrive at the start.
     """

@@ -18,6 +18,9 @@ from gvjax import checkpoint, config
 
 NOT_COMPARED = ("run_dir", "logging", "checkpoints", "timeouts")
 
+ROWS = "data"
+"""What checkpoints call the rows that a dataset was read into, which only reading it can tell."""
+
 EARLIER_RUNS = ("start", "reward_model")
 """Fields that name another run; what counts is the parameters it made."""
 
@@ -47,8 +50,7 @@ def compare(
     """
     fields = _flat(identity)
     for name in force:
-        if name not in fields:
-            config.known(name, fields, "--force")
+        config.known(name, [*fields, ROWS], "--force")
     directory = pathlib.Path(settings.run_dir)
     if not (directory / "config.json").exists():
         return
@@ -124,7 +126,10 @@ def _files(settings: config.RunConfig) -> dict[str, str | None]:
         if (directory := getattr(settings, field)) is not None:
             params = pathlib.Path(directory) / "params"
             found[field] = checkpoint.content_hash(params)
-    for field, name in config.marked(settings, config.FILE).items():
+    named = config.marked(settings, config.FILE)
+    if "checkpoint" in settings.model:
+        named["model.checkpoint"] = str(settings.model["checkpoint"])
+    for field, name in named.items():
         found[field] = _content(pathlib.Path(name))
     for field, name in config.marked(settings, config.IMPORTED).items():
         module = name.partition(":")[0]

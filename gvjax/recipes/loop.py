@@ -288,7 +288,7 @@ def train(
         def save(done: int, *, force: bool) -> None:
             write_down()
             meta = {"identity": run.identity, "hash": json_hash(run.identity)}
-            with watchdog.paused():
+            with watchdog.paused(run.timeouts.first_step):
                 try:
                     notes["log"] = log.position()
                 except OSError as error:

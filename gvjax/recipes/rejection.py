@@ -63,6 +63,7 @@ def train(
         return state, metrics
 
     rows = rows_of(0)
+    checks.check_same_everywhere((best.tokens[rows], best.completion_mask[rows]))
     checks.check_masks(SequenceBatch(best.tokens[rows], best.completion_mask[rows]))
     return loop.train(
         run,

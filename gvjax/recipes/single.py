@@ -343,7 +343,7 @@ def _prompts(settings: config.RunConfig, task: Task) -> tuple[Prompts, Prompts]:
 
 def _content(task: Task) -> dict[str, Any]:
     """What the rows of a dataset were, for a run that goes on with them."""
-    return {"data": task.fingerprint} if isinstance(task, Dataset) else {}
+    return {identity.ROWS: task.fingerprint} if isinstance(task, Dataset) else {}
 
 
 def _starts(

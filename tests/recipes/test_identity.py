@@ -101,6 +101,35 @@ def test_files_and_folders_are_known_by_their_content(tmp_path):
     assert len(seen) == 6 and None in seen
 
 
+def test_a_changed_data_file_or_tokenizer_is_another_run(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.json").write_text("1")
+    task = {
+        "name": "mine",
+        "rows": {"source": "jsonl", "path": str(tmp_path / "rows.jsonl")},
+        "tokenizer": str(tmp_path / "model"),
+        "template": "chatml",
+        "max_prompt": 8,
+        "max_completion": 8,
+    }
+    model = {"checkpoint": str(tmp_path / "model")}
+    settings = settings_in(tmp_path, task=task, model=model)
+    begin(settings)
+    begin(settings)
+    for changed, field in (
+        ("rows.jsonl", "files.task.rows.path"),
+        ("model/tokenizer.json", "files.model.checkpoint"),
+        ("model/tokenizer.json", "files.task.tokenizer"),
+    ):
+        before = (tmp_path / changed).read_text()
+        (tmp_path / changed).write_text("another")
+        with pytest.raises(config.ConfigError, match=f"--force.* {field}"):
+            begin(settings)
+        (tmp_path / changed).write_text(before)
+    begin(settings)
+
+
 def test_code_given_by_import_path_is_read_and_the_librarys_own_is_not(
     tmp_path, monkeypatch
 ):

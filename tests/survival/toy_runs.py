@@ -15,12 +15,12 @@ TOY = {
         "options": {"num_nodes": 6, "horizon": 4, "num_goals": 2},
     },
     "model": {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32},
-    "logging": {"every": 1, "sample_every": 0, "tensorboard": False},
+    "logging": {"every": 1, "tensorboard": False},
     "checkpoints": {"every": 2, "keep": 2},
 }
 SMALL = {"steps": ROUNDS, "batch_size": 16}
 SAMPLED = {"steps": ROUNDS, "prompts_per_step": 8}
-PAIRS = {"count": 32, "heldout": 16}
+PAIRS = {"count": 32, "heldout": 32}
 JUDGED = {"evaluation": {"validation_prompts": 16}}
 FROM_PAIRS = {"start": "sft", "pairs": PAIRS, **JUDGED, "select": "best"}
 FROM_REWARDS = {"start": "sft", "reward_model": "reward", **JUDGED}
