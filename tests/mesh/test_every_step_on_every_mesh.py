@@ -88,26 +88,26 @@ def placed(ground: Ground):
 
 def make_sft(ground):
     settings = config.SftSection(steps=3, batch_size=ROWS, optimizer=OPTIMIZER)
-    compiled, _ = sft._program(ground, settings)
+    compiled, _ = sft.program(ground, settings)
     return compiled, placed(ground)[0], ground.put(sequences(0))
 
 
 def make_reward(ground):
     settings = config.RewardSection(steps=3, batch_size=ROWS, optimizer=OPTIMIZER)
-    compiled, _ = reward._program(ground, settings)
+    compiled, _ = reward.program(ground, settings)
     return compiled, placed(ground)[1], ground.put(pairs())
 
 
 def make_dpo(ground):
     settings = config.DpoSection(steps=3, batch_size=ROWS, optimizer=OPTIMIZER)
-    compiled, _ = dpo._program(ground, settings)
+    compiled, _ = dpo.program(ground, settings)
     batch = pairs(ground.model.vocab_size)
     return compiled, placed(ground)[0], ground.put(batch)
 
 
 def make_online_dpo(ground):
     settings = config.OnlineDpoSection(steps=3, optimizer=OPTIMIZER, **ROUND)
-    compiled, _, pair_up, add_ref = online_dpo._program(ground, settings)
+    compiled, _, pair_up, add_ref = online_dpo.program(ground, settings)
     policy = placed(ground)[0]
     return compiled, policy, add_ref(policy, pair_up(ground.put(rollouts())))
 
@@ -116,7 +116,7 @@ def make_policy_gradient(ground):
     settings = config.PolicyGradientSection(
         algorithm="grpo", steps=3, optimizer=OPTIMIZER, **ROUND
     )
-    compiled, _, prepare = policy_gradient._program(ground, settings)
+    compiled, _, prepare = policy_gradient.program(ground, settings)
     policy, sampled = placed(ground)[0], ground.put(rollouts())
     batch = SequenceBatch(sampled.tokens, sampled.completion_mask)
     return compiled, policy, prepare(sampled, scorer(ground)(policy, batch))[0]
@@ -124,7 +124,7 @@ def make_policy_gradient(ground):
 
 def make_ppo(ground):
     settings = config.PpoSection(steps=3, optimizer=OPTIMIZER, **ROUND)
-    compiled, _, prepare = ppo._program(ground, settings)
+    compiled, _, prepare = ppo.program(ground, settings)
     (policy, critic), sampled = placed(ground), ground.put(rollouts())
     batch = SequenceBatch(sampled.tokens, sampled.completion_mask)
     ready, _ = prepare(critic, sampled, scorer(ground)(policy, batch))

@@ -149,7 +149,7 @@ GROUND = types.SimpleNamespace(
     completion_length=4,
     model=None,
     mesh=None,
-    compiler=lambda step, tx: (step, tx),
+    compiler=lambda make_step, tx: (make_step(logps_fn), tx),
 )
 
 
@@ -173,7 +173,7 @@ def batches():
 def traced(settings) -> str:
     """The programs of a recipe over a model of one number, as text."""
     module = MODULES[type(settings)]
-    program = module._program.__wrapped__(GROUND, settings)
+    program = module.program.__wrapped__(GROUND, settings)
     (step, tx), *others = program
     sequences, pairs, rollouts = batches()
     params = {"w": jnp.asarray(0.5)}
