@@ -64,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     As one of several processes it does not return after an error: it ends the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    from gvjax import runtime
+
+    # Bench times the compiling too.
+    runtime.configure(keep_programs=arguments[:1] != ["bench"])
     if arguments[:1] == ["verify"]:
         # It has its own parser, with the checks in its help.
         from gvjax import verify

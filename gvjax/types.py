@@ -58,6 +58,9 @@ class SequenceBatch:
 class PreferenceBatch:
     """Pairs of completions of the same prompt.
 
+    With packing (`chosen` and `rejected` have `segments`) a row holds up to S pairs: segment s of row b of both shares a
+    prompt, what is f32[B] below is f32[B, S], and `weight` must be there, 0 where there is no pair.
+
     Attributes:
       chosen, rejected: SequenceBatch, row b of both shares a prompt; their T may differ.
       ref_chosen_logps, ref_rejected_logps: f32[B], nats, summed over the completion under the reference policy; None
@@ -67,6 +70,8 @@ class PreferenceBatch:
       weight: f32[B] >= 0, row weights; None means 1.
       chosen_from_reference: bool[B], True where the reference policy wrote `chosen` and the policy `rejected`, False
         the other way round (XPO); None where neither is meant.
+      swapped: bool[B, S] or None; True where, in a packed row, a pair stands the other way round: its chosen completion
+        in `rejected`, its rejected one in `chosen`. So both rows fill up evenly though chosen completions are longer.
     """
 
     chosen: SequenceBatch
@@ -77,6 +82,7 @@ class PreferenceBatch:
     margin: jax.Array | None = None
     weight: jax.Array | None = None
     chosen_from_reference: jax.Array | None = None
+    swapped: jax.Array | None = None
 
 
 @_pytree

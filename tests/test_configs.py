@@ -135,7 +135,9 @@ def localised(data, elsewhere):
     }
     if task.get("gold", "number") != "number":
         parts["gold"] = str(elsewhere / "judge")
-    task = {**task, **parts, "prepared": str(elsewhere / "prepared")}
+    for name in ("prepared", "reference_logps"):
+        parts[name] = str(elsewhere / name)
+    task = {**task, **parts}
     model = {**data["model"], "checkpoint": str(elsewhere / "model")}
     return {**data, "task": task, "model": model}
 

@@ -70,6 +70,7 @@ def test_both_roads_take_their_first_steps(tmp_path, monkeypatch, request):
             "task.rows.max_bad_share": 0.2,
             "task.rows.path": rows,
             "task.prepared": tmp_path / "prepared",
+            "task.reference_logps": tmp_path / "reference_logps",
             "model.checkpoint": tmp_path / "model",
             "model.dtype": "float32",
             "model.remat": "none",

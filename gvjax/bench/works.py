@@ -31,7 +31,7 @@ from gvjax.recipes.ground import (
     scorer,
 )
 from gvjax.recipes.loop import Clock
-from gvjax.types import Params, SequenceBatch
+from gvjax.types import Params, PreferenceBatch, SequenceBatch
 
 POOLING = "last"
 """What the reward model's head reads, as most published ones do."""
@@ -112,6 +112,77 @@ def _sft(footing: Footing, stack) -> Work:
     batches = [footing.sequences("sft", i, size) for i in range(BATCHES)]
     counts = _of_sequences(footing, forwards=cost.TRAINING, heads=True)
     return _training(footing, compiled, footing.policy, batches, samples=size, **counts)
+
+
+def _packed(
+    footing: Footing, compiled: CompiledTraining, kind: type[schema.Row]
+) -> Work:
+    """A step on rows of mixed lengths, as many to a batch as fill the positions of the full-length one."""
+    sizes, model = footing.request.sizes, footing.request.model
+    paired = kind is schema.PreferenceRow
+    rows = sizes.batch // (2 if paired else 1)
+    examples = _examples(footing, kind)
+    if paired:
+        logps = role_rng(SEED, "bench reference").uniform(-9, -1, (2, len(examples)))
+        reference = logps.astype(np.float32)
+        examples = dataclasses.replace(examples, ref_logps=(reference[0], reference[1]))
+    packed = Batches(examples, batch_size=rows, seed=SEED, packing=True)
+    # One shape: the few that fill a shorter bucket would count their compiling.
+    full = [
+        batch
+        for step in range(packed.batches_per_epoch)
+        if _width(batch := packed.batch_at(step)) == sizes.length
+    ][:BATCHES]
+    per_sequence = [
+        cost.forward_flops(model, length, scored=scored)
+        for batch in full
+        for length, scored in _lengths(batch)
+    ]
+    tokens = [length for batch in full for length, _ in _lengths(batch)]
+    return _training(
+        footing,
+        compiled,
+        footing.policy,
+        full,
+        tokens=sum(tokens) // len(full),
+        samples=len(tokens) // len(full) // (2 if paired else 1),
+        flops=cost.TRAINING * sum(per_sequence) / len(full),
+        padding=1 - sum(tokens) / len(full) / (sizes.batch * sizes.length),
+    )
+
+
+def _sides(batch: SequenceBatch | PreferenceBatch) -> list[SequenceBatch]:
+    if isinstance(batch, PreferenceBatch):
+        return [batch.chosen, batch.rejected]
+    return [batch]
+
+
+def _width(batch: SequenceBatch | PreferenceBatch) -> int:
+    return _sides(batch)[0].tokens.shape[1]
+
+
+def _lengths(batch: SequenceBatch | PreferenceBatch) -> list[tuple[int, int]]:
+    """(tokens, completion tokens) of every sequence of a packed batch."""
+    found = []
+    for side in _sides(batch):
+        for segments, mask in zip(np.asarray(side.segments), side.completion_mask):
+            whole = np.bincount(segments)[1:]
+            completions = np.bincount(segments[mask], minlength=len(whole) + 1)[1:]
+            found += list(zip(whole.tolist(), completions.tolist()))
+    return found
+
+
+def _sft_packed(footing: Footing, stack) -> Work:
+    size = footing.request.sizes.batch
+    compiled, _ = sft.program(footing.ground, config.SftSection(batch_size=size))
+    return _packed(footing, compiled, schema.DemonstrationRow)
+
+
+def _dpo_packed(footing: Footing, stack) -> Work:
+    size = footing.request.sizes.batch // 2
+    section = config.DpoSection(batch_size=size, beta=0.1)
+    compiled, _ = dpo.program(footing.ground, section)
+    return _packed(footing, compiled, schema.PreferenceRow)
 
 
 def _reward(footing: Footing, stack) -> Work:
@@ -380,9 +451,6 @@ def _restore(footing: Footing, stack: contextlib.ExitStack) -> Work:
     return Work(lambda number, clock: kept.restore(abstract).state, moved=held)
 
 
-ROWS_OF_TEXT = 512
-
-
 def _text(footing: Footing, kind: type[schema.Row]) -> sources.Rows:
     """Rows of random letters of mixed lengths: from an eighth of the longest to all of it, with BOS and EOS."""
     sizes = footing.request.sizes
@@ -398,7 +466,8 @@ def _text(footing: Footing, kind: type[schema.Row]) -> sources.Rows:
             return schema.PreferenceRow(letters(sizes.prompt - 1), *texts)
         return schema.DemonstrationRow(letters(sizes.prompt - 1), texts[0])
 
-    return sources.from_rows([row() for _ in range(ROWS_OF_TEXT)])
+    # Enough for some batches of packed rows, each of which holds about two.
+    return sources.from_rows([row() for _ in range(max(512, 12 * sizes.batch))])
 
 
 def _examples(footing: Footing, kind: type[schema.Row]) -> Examples:
@@ -446,8 +515,10 @@ def _data(footing: Footing, stack) -> Work:
 
 _MAKERS: dict[str, Callable[[Footing, contextlib.ExitStack], Work]] = {
     "sft": _sft,
+    "sft_packed": _sft_packed,
     "reward": _reward,
     "dpo": _dpo,
+    "dpo_packed": _dpo_packed,
     "reference": _reference,
     "online_dpo": _online_dpo,
     "rloo": functools.partial(_policy_gradient, algorithm="rloo"),

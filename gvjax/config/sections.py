@@ -71,6 +71,9 @@ class DatasetSection(Section):
         a reward model of transformers (`gvjax export` writes one) with the same tokenizer, null is nothing. Without it
         there is no gold reward: runs report KL, length and what the reward model says.
       prepared: where the rows are kept in normal form once read.
+      reference_logps: where the log-probabilities of the pairs under the policy they are learned from are kept, by a hash
+        of weights, rows and tokenizer, so that the next run on them need not compute them; null computes them in every
+        run.
     """
 
     name: str
@@ -85,6 +88,7 @@ class DatasetSection(Section):
     prompt_truncation: Literal["left", "right", "newline"] = "left"
     gold: FileName | None = None
     prepared: str = "runs/prepared"
+    reference_logps: str | None = "runs/reference_logps"
 
 
 def _kind_of_task(value: Any) -> str:

@@ -18,6 +18,7 @@ import grain
 import jax
 import numpy as np
 
+from gvjax.data import packing as packer
 from gvjax.data import schema
 from gvjax.data import tokenizer as tokenizers
 from gvjax.data.schema import (
@@ -251,6 +252,7 @@ class Examples:
       completions: for each completion of a row, ids of all rows' completions.
       margins: f32[n], or None unless every row has one.
       labels: bool[n], or None.
+      ref_logps: (chosen f32[n], rejected f32[n]), nats, summed, under the reference policy; None where not computed.
       truncated: bool[n], whether anything was cut.
       lengths: the policy they were cut by.
       pad_id: what batches are filled up with.
@@ -269,6 +271,7 @@ class Examples:
     pad_id: int
     report: FaultReport
     fingerprint: str
+    ref_logps: tuple[np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -381,6 +384,7 @@ def _sequences(
     slot: int = 0,
     *,
     segments: bool = False,
+    swapped: np.ndarray | None = None,
     completion_of: Callable[[int], int] = lambda i: i,
 ) -> SequenceBatch:
     """SequenceBatch of `[len(units), length]`, cut on the right where a foreign completion makes it longer."""
@@ -392,7 +396,8 @@ def _sequences(
         start = 0
         for number, example in enumerate(unit, start=1):
             prompt = examples.prompts[example]
-            completion = examples.completions[slot][completion_of(example)]
+            other = swapped is not None and swapped[example]
+            completion = examples.completions[slot ^ other][completion_of(example)]
             middle = min(start + len(prompt), length)
             stop = min(middle + len(completion), length)
             tokens[b, start:middle] = prompt[: middle - start]
@@ -406,10 +411,18 @@ def _sequences(
     return SequenceBatch(*arrays)
 
 
-def _values(values: np.ndarray | None, units: Units, filler: Any) -> np.ndarray | None:
+def _values(
+    values: np.ndarray | None, units: Units, filler: Any, width: int | None = None
+) -> np.ndarray | None:
+    """[B] of the first example of every unit; with a width, [B, width] of all of them."""
     if values is None:
         return None
-    return np.array([values[unit[0]] if unit else filler for unit in units])
+    if width is None:
+        return np.array([values[unit[0]] if unit else filler for unit in units])
+    made = np.full((len(units), width), filler, values.dtype)
+    for row, unit in zip(made, units):
+        row[: len(unit)] = values[list(unit)]
+    return made
 
 
 def _weights(units: Units, filled: bool) -> np.ndarray | None:
@@ -430,11 +443,14 @@ class Batches:
       seed: in [0, 2**63), decides the order.
       shuffle: False keeps the order of the rows within each bucket, shortest bucket first.
       drop_remainder: False fills the last batch of an epoch with empty rows: masks all False, weight 0.
-      packing: True puts several demonstrations into one row of the longest bucket, told apart by `segments`.
+      packing: True puts several demonstrations into one row, or several pairs into a row of `chosen` and the same row of
+        `rejected`, told apart by `segments`. Rows are filled up to the longest bucket; one that stays emptier goes into
+        the shortest bucket that holds it.
 
     Attributes:
       batches_per_epoch: number of batches in an epoch, the same for all epochs.
       fingerprint: hex digest of everything that decides what a step sees.
+      swapped: bool[n], which pairs stand the other way round; None unless pairs are packed.
     """
 
     def __init__(
@@ -451,9 +467,9 @@ class Batches:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed} must lie in [0, 2**63)")
-        if packing and examples.kind is not DemonstrationRow:
+        if packing and examples.kind not in (DemonstrationRow, PreferenceRow):
             raise ValueError(
-                f"packing is for demonstrations, and these are {examples.kind.__name__}; set packing to False"
+                f"packing is for demonstrations and pairs, and these are {examples.kind.__name__}; set packing to False"
             )
         if examples.kind is UnpairedRow and batch_size < 2:
             raise ValueError(
@@ -463,13 +479,19 @@ class Batches:
         self.shuffle, self.drop_remainder = shuffle, drop_remainder
         self.packing = packing
         buckets = examples.lengths.buckets
-        if packing:
-            self._units: Units = pack(examples.totals, buckets[-1])
-            bucket_of = np.full(len(self._units), len(buckets) - 1)
-        else:
-            self._units = [(i,) for i in range(len(examples))]
-            bucket_of = np.searchsorted(buckets, examples.totals)
-        self._bucket_of = bucket_of
+        self.swapped: np.ndarray | None = None
+        self._units: Units = [(i,) for i in range(len(examples))]
+        used = examples.totals
+        if packing and examples.kind is DemonstrationRow:
+            self._units = packer.pack(examples.totals, buckets[-1])
+            used = np.array([used[list(unit)].sum() for unit in self._units])
+        elif packing:
+            sides = [examples.prompts.lengths + c.lengths for c in examples.completions]
+            self._units, self.swapped = packer.pack_pairs(*sides, buckets[-1])
+            used = packer.filled(self._units, *sides, self.swapped)
+        # The same for every batch, so that packing adds no shapes.
+        self._widest = max(map(len, self._units), default=1)
+        self._bucket_of = np.searchsorted(buckets, used)
         self.batches_per_epoch = len(self._plan(0))
         if not self.batches_per_epoch:
             raise ValueError(
@@ -543,6 +565,24 @@ class Batches:
         units, every, length = self._units_at(step, rows)
         return _MAKERS[self.examples.kind](self, units, every, length)
 
+    @property
+    def pairs_per_row(self) -> int:
+        """S: the most examples that share a row."""
+        return self._widest
+
+    def padding(self, epoch: int = 0) -> float:
+        """Share of an epoch's positions that hold no token."""
+        examples = self.examples
+        sides = max(len(examples.completions), 1)
+        positions = tokens = 0
+        for units, length in self._plan(epoch):
+            positions += sides * self.batch_size * length
+            for unit in units[units >= 0].tolist():
+                some = list(self._units[unit])
+                tokens += sides * int(examples.prompts.lengths[some].sum())
+                tokens += sum(int(c.lengths[some].sum()) for c in examples.completions)
+        return 1 - tokens / positions
+
     def rows_at(
         self, step: int, rows: slice | Sequence[int] | np.ndarray | None = None
     ) -> list[tuple[int, ...]]:
@@ -615,12 +655,28 @@ def _make_sequences(batches: Batches, units: Units, every: Units, length: int):
 def _make_preferences(batches: Batches, units: Units, every: Units, length: int):
     del every
     examples = batches.examples
-    return PreferenceBatch(  # type: ignore[call-arg,unused-ignore]
-        chosen=_sequences(examples, units, length, 0),
-        rejected=_sequences(examples, units, length, 1),
-        margin=_values(examples.margins, units, np.float32(0)),  # type: ignore[arg-type,unused-ignore]
-        weight=_weights(units, not batches.drop_remainder),  # type: ignore[arg-type]
+    width = batches.pairs_per_row if batches.packing else None
+    some = functools.partial(
+        _sequences,
+        examples,
+        units,
+        length,
+        segments=batches.packing,
+        swapped=batches.swapped,
     )
+    values = functools.partial(_values, units=units, filler=np.float32(0), width=width)
+    weight: Any = _weights(units, not batches.drop_remainder)
+    if batches.packing:
+        weight = values(np.ones(len(examples), np.float32))
+    reference: tuple[Any, Any] = examples.ref_logps or (None, None)
+    fields: dict[str, Any] = {
+        "ref_chosen_logps": values(reference[0]),
+        "ref_rejected_logps": values(reference[1]),
+        "margin": values(examples.margins),
+        "weight": weight,
+        "swapped": _values(batches.swapped, units, np.bool_(False), width),
+    }
+    return PreferenceBatch(chosen=some(0), rejected=some(1), **fields)
 
 
 def _make_unpaired(batches: Batches, units: Units, every: Units, length: int):
@@ -659,31 +715,3 @@ def process_rows(batch_size: int, process_index: int, process_count: int) -> sli
         )
     share = batch_size // process_count
     return slice(process_index * share, (process_index + 1) * share)
-
-
-def pack(lengths: np.ndarray, capacity: int) -> list[tuple[int, ...]]:
-    """Bins of indices whose lengths sum to at most `capacity`: longest first, each into the fullest bin that takes it.
-
-    Best-fit decreasing needs at most 11/9 of the fewest bins, plus a few (Johnson, 1973).
-    """
-    if len(lengths) and lengths.max() > capacity:
-        raise ValueError(f"length {lengths.max()} exceeds the capacity {capacity}")
-    bins: list[list[int]] = []
-    # For each free space the bins that have it; bit s of `free` is set where there are any.
-    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
-    free = 0
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[i])
-        fitting = free >> length
-        if fitting:
-            space = length + (fitting & -fitting).bit_length() - 1
-            which = by_space[space].pop()
-            if not by_space[space]:
-                free &= ~(1 << space)
-            bins[which].append(i)
-        else:
-            space, which = capacity, len(bins)
-            bins.append([i])
-        by_space[space - length].append(which)
-        free |= 1 << (space - length)
-    return [tuple(each) for each in bins]

@@ -80,7 +80,8 @@ def reward_fn(
 
     Returns:
       `(params, tokens int32[B, T], completion_mask bool[B, T]) -> f32[B]`. What follows the completion changes
-      nothing. An empty completion gets 0, whatever the pooling.
+      nothing. An empty completion gets 0, whatever the pooling. Packed rows: with `segments` int32[B, T] and
+      `num_segments` S it returns f32[B, S], the rewards of segments 1 to S.
     """
     if pooling not in ("last", "mean", "sum"):
         raise ValueError(f"pooling is {pooling!r}; it must be last, mean or sum")
@@ -91,18 +92,30 @@ def reward_fn(
             "pooling 'last' reads one token and has nothing to run over; leave `over` at 'completion'"
         )
 
-    def rewards(params, tokens, completion_mask):
-        chex.assert_equal_shape([tokens, completion_mask])
-        scores = _scores(config, params, tokens, mesh, platform)
-        last = _last(completion_mask)
-        places = jnp.arange(tokens.shape[1])[None]
+    def pooled(scores, mask, real):
+        """f32[B]: of scores f32[B, T], for completions at `mask` among the tokens at `real`."""
+        last = _last(mask)
+        places = jnp.arange(scores.shape[1])[None]
         if pooling == "last":
-            pooled = masked.sum(scores, (places == last[:, None]), axis=1)
+            value = masked.sum(scores, (places == last[:, None]), axis=1)
         else:
-            mask = completion_mask if over == "completion" else places <= last[:, None]
+            seen = mask if over == "completion" else real & (places <= last[:, None])
             pool = masked.mean if pooling == "mean" else masked.sum
-            pooled = pool(scores, mask, axis=1)
-        return jnp.where(jnp.any(completion_mask, axis=1), pooled, 0.0)
+            value = pool(scores, seen, axis=1)
+        return jnp.where(jnp.any(mask, axis=1), value, 0.0)
+
+    def rewards(params, tokens, completion_mask, segments=None, num_segments=1):
+        chex.assert_equal_shape([tokens, completion_mask])
+        scores = _scores(config, params, tokens, mesh, platform, segments)
+        if segments is None:
+            return pooled(scores, completion_mask, True)
+        chex.assert_equal_shape([tokens, segments])
+
+        def of_segment(number):
+            here = segments == number
+            return pooled(scores, completion_mask & here, here)
+
+        return jax.vmap(of_segment, out_axes=1)(1 + jnp.arange(num_segments))
 
     return rewards
 
@@ -143,10 +156,10 @@ def values_fn(
     return values
 
 
-def _scores(config, params, tokens, mesh, platform) -> jax.Array:
+def _scores(config, params, tokens, mesh, platform, segments=None) -> jax.Array:
     """f32[B, T]: the head at every position."""
     states = transformer.hidden(
-        config, params["trunk"], tokens, mesh=mesh, platform=platform
+        config, params["trunk"], tokens, segments, mesh=mesh, platform=platform
     )
     head = params["head"]
     return (states.astype(jnp.float32) @ head["kernel"])[..., 0] + head["bias"]

@@ -70,6 +70,7 @@ class Dataset:
       judge: the gold reward, or None.
       reward_range: its bounds, or None.
       fingerprint: hex digest of all that decides prompts, completions and rewards.
+      reference_logps: where the pairs' log-probabilities under the policy they are learned from are kept, or None.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Dataset:
     judge: Judge | None
     reward_range: tuple[float, float] | None
     fingerprint: str
+    reference_logps: str | None = None
 
     @property
     def vocab_size(self) -> int:

@@ -6,6 +6,7 @@ import inspect
 import jax.numpy as jnp
 
 from gvjax import config, losses, steps
+from gvjax.data.ahead import Ahead
 from gvjax.recipes import checks, loop
 from gvjax.recipes.evaluation import evaluate_margins
 from gvjax.recipes.ground import Ground, cached, make_optimizer, rows_at
@@ -38,8 +39,12 @@ def train(
         )
         return pairs.batch(rows, ground.pad_id)
 
+    feed = Ahead(batch_at, stop=settings.steps)
+
     def advance(state, round_):
-        state, metrics = compiled.step(state, ground.put(batch_at(round_)), inputs.base)
+        with run.clock.part("data"):
+            batch = ground.put(feed(round_))
+        state, metrics = compiled.step(state, batch, inputs.base)
         if round_ == 0 and (expected := first_loss(settings)) is not None:
             checks.check_first_loss(
                 float(metrics["loss"]),

@@ -73,8 +73,8 @@ class Ground:
         """Token log-probabilities of a policy."""
         plain = transformer.token_logps_fn(self.model, mesh=self.mesh)
 
-        def logps_fn(policy, tokens, *rest):
-            return plain(self.with_adapters(policy), tokens, *rest)
+        def logps_fn(policy, tokens, segments=None):
+            return plain(self.with_adapters(policy), tokens, segments)
 
         return logps_fn if self.lora is not None else plain
 
@@ -225,8 +225,9 @@ class CompiledTraining:
         logps_fn = self._ground.logps_fn
         if base:
             # Bound while tracing, so that gradients, moments and norms are the adapters' alone.
-            def of_adapters(adapters, tokens, *rest):
-                return logps_fn(lora.adapted(base[0], adapters), tokens, *rest)
+            def of_adapters(adapters, tokens, segments=None):
+                policy = lora.adapted(base[0], adapters)
+                return logps_fn(policy, tokens, segments)
 
             return self._make_step(of_adapters)(state, batch)
         return self._make_step(logps_fn)(state, batch)

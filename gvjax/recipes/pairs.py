@@ -19,6 +19,7 @@ from gvjax.recipes.ground import (
     score_all,
     sequences,
 )
+from gvjax.recipes.reference import score_once
 from gvjax.tasks.task import Completions, Prompts, Task, preference_labels
 from gvjax.types import Params, PreferenceBatch, SequenceBatch
 
@@ -147,7 +148,13 @@ def labelled_pairs(
     # Plain prompts: which rows they were is of no use to whoever learns from the pairs.
     plain = Prompts(prompts.tokens, prompts.lengths)
     logps = [
-        score_all(ground, policy, sequences(plain, each, ground.pad_id))
+        score_once(
+            ground,
+            policy,
+            sequences(plain, each, ground.pad_id),
+            directory=task.reference_logps,
+            tokenizer=task.fingerprint,
+        )
         for each in (chosen, rejected)
     ]
     return Pairs(plain, chosen, rejected, *golds, *logps)

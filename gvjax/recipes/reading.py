@@ -153,7 +153,7 @@ def _read(section: config.DatasetSection) -> Dataset:
                 f"gold is {section.gold}, but {missing} of {len(used)} rows of {section.rows.source} have no answer to compare"
                 " with"
             )
-    shown = [section.model_dump(exclude={"prepared", "name"})]
+    shown = [section.model_dump(exclude={"prepared", "name", "reference_logps"})]
     shown += [examples.fingerprint for _, examples in read.values()]
     demonstrated = tables["train"]
     if section.demonstrations is not None:
@@ -174,6 +174,7 @@ def _read(section: config.DatasetSection) -> Dataset:
         judge=judge,
         reward_range=reward_range,
         fingerprint=hashlib.sha256(json.dumps(shown).encode()).hexdigest(),
+        reference_logps=section.reference_logps,
     )
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from gvjax import config, steps
+from gvjax.data.ahead import Ahead
 from gvjax.recipes import checks, loop
 from gvjax.recipes.evaluation import ScorerEvaluation, evaluate_margins
 from gvjax.recipes.ground import (
@@ -45,8 +46,12 @@ def train(
         )
         return pairs.batch(rows, ground.pad_id)
 
+    feed = Ahead(batch_at, stop=settings.steps)
+
     def advance(state, round_):
-        state, metrics = compiled.step(state, ground.put(batch_at(round_)))
+        with run.clock.part("data"):
+            batch = ground.put(feed(round_))
+        state, metrics = compiled.step(state, batch)
         if round_ == 0 and settings.zero_head and not settings.label_smoothing:
             checks.check_first_loss(float(metrics["loss"]), math.log(2), "reward")
         return state, metrics

@@ -3,6 +3,7 @@
 import functools
 
 from gvjax import config, steps
+from gvjax.data.ahead import Ahead
 from gvjax.models import lora
 from gvjax.recipes import checks, loop
 from gvjax.recipes.ground import (
@@ -43,8 +44,12 @@ def train(
         rows = demonstrations_at(task, seed, settings.batch_size, round_)
         return sequences(*rows, ground.pad_id)
 
+    feed = Ahead(batch_at, stop=settings.steps)
+
     def advance(state, round_):
-        return compiled.step(state, ground.put(batch_at(round_)), base)
+        with run.clock.part("data"):
+            batch = ground.put(feed(round_))
+        return compiled.step(state, batch, base)
 
     first = batch_at(0)
     checks.check_same_everywhere(first)

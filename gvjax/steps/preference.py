@@ -13,7 +13,8 @@ from gvjax.losses.contract import require_positive, try_out
 from gvjax.steps.core import make_train_step
 from gvjax.steps.sequences import (
     check_floats,
-    lengths,
+    flat,
+    paired_lengths,
     paired_logps,
     row_mean,
     row_weights,
@@ -87,6 +88,8 @@ def preference_objective(
     Rows in which either completion is empty have weight 0. To losses that couple rows (AOT) all rows belong: an empty
     completion then stands there with the log-ratio 0.
 
+    Packed pairs are pairs like others; how rows are packed changes no number.
+
     Args:
       logps_fn: the model.
       loss, beta: see `make_preference_step`.
@@ -110,17 +113,16 @@ def preference_objective(
                 " `weight` out (and the incomplete last batch of an epoch)"
             )
         chosen, rejected = paired_logps(logps_fn, params, batch)
-        chosen_lengths = lengths(batch.chosen)
-        rejected_lengths = lengths(batch.rejected)
+        chosen_lengths, rejected_lengths = paired_lengths(batch)
         weight = row_weights(
-            batch.weight, (chosen_lengths > 0) & (rejected_lengths > 0) | coupled
+            flat(batch.weight), (chosen_lengths > 0) & (rejected_lengths > 0) | coupled
         )
         kept = weight > 0
         optional = {
-            "ref_chosen_logps": batch.ref_chosen_logps,
-            "ref_rejected_logps": batch.ref_rejected_logps,
-            "chosen_probability": _or_ones(batch.chosen_probability, chosen),
-            "margin": batch.margin,
+            "ref_chosen_logps": flat(batch.ref_chosen_logps),
+            "ref_rejected_logps": flat(batch.ref_rejected_logps),
+            "chosen_probability": _or_ones(flat(batch.chosen_probability), chosen),
+            "margin": flat(batch.margin),
         }
         check_floats(chosen, **optional)
         # Before the loss and not after it: the gradient of what a row of weight 0 holds may be NaN, and stops here.
@@ -130,7 +132,7 @@ def preference_objective(
             "rejected_logps": rejected,
             "chosen_lengths": chosen_lengths,
             "rejected_lengths": rejected_lengths,
-            "chosen_from_reference": batch.chosen_from_reference,
+            "chosen_from_reference": flat(batch.chosen_from_reference),
             **optional,
         }
         missing = [name for name in needed if available[name] is None]
@@ -142,8 +144,8 @@ def preference_objective(
         values = loss(**{name: available[name] for name in needed})
         check_rowwise(values, chosen, loss)
         mean = functools.partial(row_mean, weight=weight)
-        ref_chosen = _or_zeros(batch.ref_chosen_logps, chosen)
-        ref_rejected = _or_zeros(batch.ref_rejected_logps, rejected)
+        ref_chosen = _or_zeros(optional["ref_chosen_logps"], chosen)
+        ref_rejected = _or_zeros(optional["ref_rejected_logps"], rejected)
         chosen_rewards = beta * (chosen - ref_chosen)
         rejected_rewards = beta * (rejected - ref_rejected)
         metrics = {

@@ -1,6 +1,7 @@
 """Learning a reward model: the verifier of the online road."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,15 @@ from gvjax.losses.reward import bradley_terry_loss, centering_penalty
 from gvjax.masked import Max, Min, at_least_float32
 from gvjax.steps.core import make_train_step
 from gvjax.steps.sequences import (
+    by_pair,
     check_floats,
     check_sequences,
+    flat,
     interleave,
+    pairs_per_row,
     row_mean,
     row_weights,
+    sums_by_pair,
 )
 from gvjax.types import Objective, Params, PreferenceBatch, RewardFn, Step
 
@@ -23,21 +28,32 @@ from gvjax.types import Objective, Params, PreferenceBatch, RewardFn, Step
 def paired_rewards(
     reward_fn: RewardFn, params: Params, batch: PreferenceBatch
 ) -> tuple[jax.Array, jax.Array]:
-    """(chosen f32[B], rejected f32[B]): rewards of both completions of every pair, in one forward pass."""
+    """(chosen f32[B], rejected f32[B]): rewards of both completions of every pair, in one forward pass.
+
+    Packed pairs need a reward function that also takes `segments` and `num_segments`, and returns f32[B, S].
+    """
     check_sequences(chosen=batch.chosen, rejected=batch.rejected)
     both = interleave(batch.chosen, batch.rejected)
-    if both.segments is not None:
-        raise ValueError(
-            "these pairs are packed (they have `segments`); a reward belongs to one completion a row"
+    shape = both.tokens.shape[:1]
+    if both.segments is None:
+        rewards = reward_fn(params, both.tokens, both.completion_mask)
+    else:
+        count = pairs_per_row(batch)
+        shape = (*shape, count)
+        packed: Callable[..., jax.Array] = reward_fn
+        rewards = packed(
+            params,
+            both.tokens,
+            both.completion_mask,
+            segments=both.segments,
+            num_segments=count,
         )
-    rewards = reward_fn(params, both.tokens, both.completion_mask)
-    if rewards.shape != both.tokens.shape[:1]:
+    if rewards.shape != shape:
         raise ValueError(
-            f"the reward function returned shape {rewards.shape} for {both.tokens.shape[0]} completions; return one"
-            " number a completion"
+            f"the reward function returned shape {rewards.shape} for completions of shape {shape}; return one number a"
+            " completion"
         )
-    chosen, rejected = at_least_float32(rewards).reshape(-1, 2).T
-    return chosen, rejected
+    return by_pair(batch, at_least_float32(rewards))
 
 
 def reward_objective(
@@ -69,21 +85,19 @@ def reward_objective(
 
     def objective(params: Params, batch: PreferenceBatch):
         chosen, rejected = paired_rewards(reward_fn, params, batch)
-        filled = jnp.any(batch.chosen.completion_mask, axis=1) & jnp.any(
-            batch.rejected.completion_mask, axis=1
-        )
-        weight = row_weights(batch.weight, filled)
+        both = interleave(batch.chosen, batch.rejected)
+        sizes = sums_by_pair(batch, both.completion_mask * 1.0)
+        weight = row_weights(flat(batch.weight), (sizes[0] > 0) & (sizes[1] > 0))
         kept = weight > 0
-        check_floats(
-            chosen, margin=batch.margin, chosen_probability=batch.chosen_probability
-        )
+        margin, probability = flat(batch.margin), flat(batch.chosen_probability)
+        check_floats(chosen, margin=margin, chosen_probability=probability)
         # Before the loss and not after it: the gradient of what a row of weight 0 holds may be NaN, and stops here.
         chosen, rejected = (jnp.where(kept, x, 0.0) for x in (chosen, rejected))
         losses = bradley_terry_loss(
             chosen,
             rejected,
-            margin=batch.margin,
-            chosen_probability=batch.chosen_probability,
+            margin=margin,
+            chosen_probability=probability,
             label_smoothing=label_smoothing,
         )
         if centering:

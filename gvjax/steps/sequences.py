@@ -128,7 +128,7 @@ def summed_logps(
     if batch.segments is not None:
         raise ValueError(
             "these sequences are packed (they have `segments`), and a packed row has no log-probability of its own;"
-            " pack demonstrations only"
+            " pack demonstrations and pairs only"
         )
     return jnp.sum(completion_logps(logps_fn, params, batch), axis=1)
 
@@ -177,11 +177,62 @@ def interleave(first: SequenceBatch, second: SequenceBatch) -> SequenceBatch:
 def paired_logps(
     logps_fn: LogpsFn | SharedPrompts, params: Params, batch: PreferenceBatch
 ) -> tuple[jax.Array, jax.Array]:
-    """(chosen f32[B], rejected f32[B]): log-probabilities of both completions of every pair, in one forward pass."""
+    """(chosen f32[N], rejected f32[N]): log-probabilities of both completions of every pair, in one forward pass.
+
+    N is B, or B · S where pairs are packed.
+    """
     check_sequences(chosen=batch.chosen, rejected=batch.rejected)
-    both = summed_logps(logps_fn, params, interleave(batch.chosen, batch.rejected))
-    chosen, rejected = both.reshape(-1, 2).T
-    return chosen, rejected
+    both = interleave(batch.chosen, batch.rejected)
+    return sums_by_pair(batch, completion_logps(logps_fn, params, both))
+
+
+def paired_lengths(batch: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
+    """(chosen f32[N], rejected f32[N]): completion tokens of every pair."""
+    both = interleave(batch.chosen, batch.rejected)
+    return sums_by_pair(batch, predicted_mask(both).astype(jnp.float32))
+
+
+def sums_by_pair(
+    batch: PreferenceBatch, values: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(chosen [N], rejected [N]): sums over each completion of values [2B, T], rows interleaved and 0 elsewhere."""
+    if batch.chosen.segments is None:
+        return by_pair(batch, jnp.sum(values, axis=1))
+    segments = interleave(batch.chosen, batch.rejected).segments
+    # One comparison a segment and not a scatter: the same bits on every device.
+    here = segments[:, None, :] == 1 + jnp.arange(pairs_per_row(batch))[:, None]
+    return by_pair(batch, jnp.sum(jnp.where(here, values[:, None, :], 0), axis=2))
+
+
+def by_pair(batch: PreferenceBatch, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(chosen [N], rejected [N]) of one value a completion: [2B], or [2B, S] where pairs are packed."""
+    first, second = values[0::2], values[1::2]
+    if batch.swapped is not None:
+        swapped = jnp.asarray(batch.swapped)
+        first, second = (
+            jnp.where(swapped, second, first),
+            jnp.where(swapped, first, second),
+        )
+    return first.reshape(-1), second.reshape(-1)
+
+
+def pairs_per_row(batch: PreferenceBatch) -> int:
+    """S of a packed batch.
+
+    Raises:
+      ValueError: it does not say which of its segments are pairs.
+    """
+    if batch.weight is None or jnp.ndim(batch.weight) != 2:
+        raise ValueError(
+            "these pairs are packed (they have `segments`), so `weight` must be f32[B, S]: 1 for a pair, 0 where a row has"
+            " fewer than S"
+        )
+    return batch.weight.shape[1]
+
+
+def flat(values: jax.Array | None) -> jax.Array | None:
+    """[N] of what a batch says of its pairs, packed or not."""
+    return None if values is None else jnp.reshape(values, -1)
 
 
 def with_ref_logps(
@@ -204,6 +255,9 @@ def with_ref_logps(
     ref_params = jax.lax.stop_gradient(ref_params)
     if isinstance(batch, PreferenceBatch):
         chosen, rejected = paired_logps(logps_fn, ref_params, batch)
+        if batch.chosen.segments is not None:
+            shape = (-1, pairs_per_row(batch))
+            chosen, rejected = chosen.reshape(shape), rejected.reshape(shape)
         return dataclasses.replace(
             batch, ref_chosen_logps=chosen, ref_rejected_logps=rejected
         )

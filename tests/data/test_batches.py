@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gvjax.data import batches as module
-from gvjax.data import schema, sources
+from gvjax.data import packing, schema, sources
 from gvjax.data.batches import Batches, LengthPolicy, PromptBatch, encode_row
 from gvjax.data.schema import (
     DemonstrationRow,
@@ -467,7 +467,7 @@ def test_what_cannot_be_batched_is_refused():
     with pytest.raises(ValueError, match="batch_size of at least 2"):
         Batches(encoded(unpaired(5)), batch_size=1, seed=0)
     with pytest.raises(ValueError, match="packing is for demonstrations"):
-        Batches(encoded(pairs(5)), batch_size=1, seed=0, packing=True)
+        Batches(encoded(unpaired(5)), batch_size=2, seed=0, packing=True)
 
 
 # --- packing -------------------------------------------------------------------------------------
@@ -477,7 +477,7 @@ def test_what_cannot_be_batched_is_refused():
 def test_packing_loses_nothing_and_overfills_nothing(seed):
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, 60, 300)
-    bins = module.pack(lengths, 64)
+    bins = packing.pack(lengths, 64)
     assert sorted(i for each in bins for i in each) == list(range(300))
     assert max(lengths[list(each)].sum() for each in bins) <= 64
     fewest = int(np.ceil(lengths.sum() / 64))
@@ -485,10 +485,10 @@ def test_packing_loses_nothing_and_overfills_nothing(seed):
 
 
 def test_packing_by_hand():
-    assert module.pack(np.array([4, 6, 5, 3, 2]), 10) == [(1, 0), (2, 3, 4)]
-    assert module.pack(np.array([], int), 10) == []
+    assert packing.pack(np.array([4, 6, 5, 3, 2]), 10) == [(1, 0), (2, 3, 4)]
+    assert packing.pack(np.array([], int), 10) == []
     with pytest.raises(ValueError, match="length 11 exceeds"):
-        module.pack(np.array([11]), 10)
+        packing.pack(np.array([11]), 10)
 
 
 def test_packed_rows_are_the_plain_rows_side_by_side():

@@ -95,6 +95,7 @@ def write(checkpoint, place):
                 "max_prompt": 40,
                 "max_completion": 16,
                 "prepared": str(place / "prepared"),
+                "reference_logps": str(place / "reference_logps"),
                 **dict(task),
             },
             "model": {"checkpoint": checkpoint},

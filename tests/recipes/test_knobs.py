@@ -153,7 +153,7 @@ GROUND = types.SimpleNamespace(
     eos_id=None,
     model=None,
     mesh=None,
-    compiler=lambda step, tx: (step, tx),
+    compiler=lambda make_step, tx: (make_step(logps_fn), tx),
 )
 
 

@@ -1,0 +1,105 @@
+"""What JAX is told before it starts, in one place: where compiled programs are kept, and what a GPU is asked for.
+
+Whatever the user has set stands. Children inherit it: everything is said in the environment too.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import pathlib
+import platform
+from collections.abc import MutableMapping
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+Environment = MutableMapping[str, str]
+
+CACHE_DIR = "JAX_COMPILATION_CACHE_DIR"
+"""Where compiled programs are kept. A bucket, or a folder that all hosts see, spares all but the first the compiling."""
+
+CACHE_SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
+"""`false` keeps none."""
+
+GPU_MEMORY = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+"""JAX takes three quarters of a GPU's memory by itself; nothing else is to run beside a training run."""
+
+GPU_OPTIMISATION = ("JAX_OPTIMIZATION_LEVEL", "O1")
+"""Collectives overlap with computing, loops are double-buffered: what many single flags used to ask for. On other
+platforms it would change nothing, or only how long compiling takes."""
+
+
+def configure(
+    environment: Environment = os.environ, *, keep_programs: bool = True
+) -> None:
+    """Sets defaults; call it before anything touches a device.
+
+    Args:
+      environment: of this process.
+      keep_programs: keep compiled programs on disk, so that the next run starts at once.
+    """
+    if keep_programs:
+        _keep_programs(environment)
+    if wants_gpu(environment):
+        environment.setdefault(*GPU_MEMORY)
+        name, level = GPU_OPTIMISATION
+        if name not in environment:
+            environment[name] = level
+            jax.config.update("jax_optimization_level", level)
+
+
+def wants_gpu(environment: Environment) -> bool:
+    """Whether JAX is going to use a GPU: it is named in JAX_PLATFORMS, or nothing is and the plug-in is installed."""
+    named = environment.get("JAX_PLATFORMS", "")
+    if named:
+        return any(each in ("cuda", "gpu", "rocm") for each in named.split(","))
+    if importlib.util.find_spec("jax_plugins") is None:
+        return False
+    plugins = ("xla_cuda12", "xla_cuda13", "xla_rocm60", "xla_rocm7")
+    return any(importlib.util.find_spec(f"jax_plugins.{each}") for each in plugins)
+
+
+def default_cache(environment: Environment) -> pathlib.Path:
+    """A folder of the user's own cache, one for each version of JAX and kind of processor.
+
+    A home directory may be shared by machines; a program that was compiled for one processor may stop another one.
+    """
+    base = environment.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "gvjax" / f"jax-{jax.__version__}-{_processor()}"
+
+
+def _keep_programs(environment: Environment) -> None:
+    if CACHE_DIR in environment or environment.get(CACHE_SWITCH, "").lower() in (
+        "false",
+        "0",
+    ):
+        return
+    directory = default_cache(environment)
+    try:
+        # What lies there is run: nobody else may write to it.
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        logger.warning(
+            "compiled programs are not kept: %s cannot be made (%s); set %s to a folder that can",
+            directory,
+            error.strerror,
+            CACHE_DIR,
+        )
+        return
+    environment[CACHE_DIR] = str(directory)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _processor() -> str:
+    """Short digest of what this processor can do."""
+    found = [platform.machine(), platform.processor()]
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        for name in ("model name", "flags", "Features"):
+            found += [line for line in lines if line.startswith(name)][:1]
+    except OSError:
+        # Not Linux; machine and processor must do.
+        pass
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:12]

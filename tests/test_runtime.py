@@ -1,0 +1,125 @@
+"""What JAX is told before it starts, and what it is not."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gvjax import runtime
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    names = ("jax_compilation_cache_dir", "jax_optimization_level")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_programs_are_kept_in_the_users_cache(tmp_path):
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    runtime.configure(environment)
+    directory = pathlib.Path(environment["JAX_COMPILATION_CACHE_DIR"])
+    assert directory.parent == tmp_path / "gvjax"
+    assert jax.__version__ in directory.name
+    assert directory.stat().st_mode & 0o077 == 0
+    assert jax.config.jax_compilation_cache_dir == str(directory)
+    # Not a GPU's.
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment
+    assert "JAX_OPTIMIZATION_LEVEL" not in environment
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"JAX_COMPILATION_CACHE_DIR": "/mine"}, {"JAX_ENABLE_COMPILATION_CACHE": "false"}],
+)
+def test_what_the_user_says_of_it_stands(given, tmp_path):
+    environment = {**given, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    before = dict(environment)
+    runtime.configure(environment)
+    assert environment == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_cannot_be_made_is_said_and_the_run_goes_on(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "file"), "JAX_PLATFORMS": "cpu"}
+    runtime.configure(environment)
+    assert "compiled programs are not kept" in caplog.text
+    assert "JAX_COMPILATION_CACHE_DIR" not in environment
+
+
+def test_a_gpu_is_asked_for_more():
+    environment = {"JAX_PLATFORMS": "cuda,cpu"}
+    runtime.configure(environment, keep_programs=False)
+    assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.9"
+    assert environment["JAX_OPTIMIZATION_LEVEL"] == "O1"
+    assert str(jax.config.jax_optimization_level).endswith("O1")
+    assert "JAX_COMPILATION_CACHE_DIR" not in environment
+
+
+def test_what_the_user_asks_of_a_gpu_stands():
+    given = {
+        "JAX_PLATFORMS": "cuda",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5",
+        "JAX_OPTIMIZATION_LEVEL": "O2",
+    }
+    environment = dict(given)
+    runtime.configure(environment, keep_programs=False)
+    assert environment == given
+
+
+@pytest.mark.parametrize(
+    ("platforms", "installed", "expected"),
+    [
+        ("cpu", True, False),
+        ("tpu,cpu", True, False),
+        ("cuda", False, True),
+        ("", True, True),
+        ("", False, False),
+    ],
+)
+def test_who_wants_a_gpu(platforms, installed, expected, monkeypatch):
+    def find_spec(name):
+        return object() if installed else None
+
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", find_spec)
+    assert runtime.wants_gpu({"JAX_PLATFORMS": platforms}) is expected
+
+
+def test_a_second_process_finds_what_the_first_compiled(tmp_path):
+    """Through JAX itself: the same program, hits counted."""
+    code = """
+import jax, sys
+from gvjax import runtime
+runtime.configure()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+events = []
+jax.monitoring.register_event_listener(lambda event, **more: events.append(event))
+jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((64, 64))).block_until_ready()
+print(sum(event.endswith("/cache_hits") for event in events))
+"""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):
+        environment.pop(name, None)
+    hits = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for _ in range(2)
+    ]
+    assert hits[0] == 0 < hits[1]
