@@ -1,15 +1,13 @@
 """One tiny equal footing for all recipe tests: SFT policy, pairs and reward model, made once."""
 
 import dataclasses
-import json
-import pathlib
 
 import jax
-import numpy as np
 import pytest
+from kept_runs import make_run
 
 from gvjax import config, sharding
-from gvjax.recipes import loop, reward, sft
+from gvjax.recipes import reward, sft
 from gvjax.recipes.ground import ground_of, role_rng
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.pairs import sampled_pairs
@@ -28,26 +26,6 @@ REWARD = config.RewardSection(
     evaluate_every=50,
     optimizer=config.OptimizerSection(learning_rate=2e-3),
 )
-
-
-def make_run(
-    directory: pathlib.Path,
-    *,
-    checkpoint_every: int = 10_000,
-    progress: loop.Progress = loop.nobody,
-) -> loop.Run:
-    return loop.Run(
-        directory=directory,
-        identity={"test": directory.name},
-        logging=config.LoggingSection(tensorboard=False, every=1, sample_every=0),
-        checkpoints=config.CheckpointSection(every=checkpoint_every),
-        progress=progress,
-    )
-
-
-def metrics_of(run: loop.Run) -> list[dict[str, float]]:
-    lines = (run.directory / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="session")
@@ -90,11 +68,3 @@ def inputs(runs) -> Inputs:
     return dataclasses.replace(
         made, reward_model=RewardModel(trained.params, REWARD.pooling)
     )
-
-
-def same_bits(first, second) -> bool:
-    """Whether two pytrees of arrays agree to the last bit."""
-    equal = jax.tree.map(
-        lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), first, second
-    )
-    return all(jax.tree.leaves(equal))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_run, metrics_of, same_bits
+from kept_runs import make_run, metrics_of, same_bits
 
 from gvjax import config, steps
 from gvjax.masked import Mean
