@@ -37,7 +37,7 @@ class Report:
     mesh: Mapping[str, int]
     dtype: str
     remat: str
-    scan_layers: bool
+    scan_layers: bool | None
     device: str
     devices: int
     platform: str

@@ -82,6 +82,7 @@ def group_logps_fn(
             jnp.concatenate([jnp.broadcast_to(places, prompts.shape), behind], axis=1),
             attend,
             mesh=mesh,
+            platform=platform,
         )
         # The first token of every completion is predicted by the last of the prompt.
         last = jnp.maximum(prompt_lengths - 1, 0)[:, None, None]

@@ -149,4 +149,4 @@ def program(ground: Ground, settings: config.DpoSection):
         beta=settings.beta,
         num_microbatches=settings.num_microbatches,
     )
-    return ground.compiler(make_step, tx), schedule
+    return ground.compiler(make_step, tx, group_size=2), schedule

@@ -179,5 +179,6 @@ def program(ground: Ground, settings: config.OnlineDpoSection):
             hard_pairs if hard else soft_pairs, group_size=settings.samples_per_prompt
         )
     )
-    add_ref = jax.jit(functools.partial(steps.with_ref_logps, ground.logps_fn))
-    return ground.compiler(make_step, tx), schedule, pair_up, add_ref
+    logps_fn = ground.group_logps_fn(2)
+    add_ref = jax.jit(functools.partial(steps.with_ref_logps, logps_fn))
+    return ground.compiler(make_step, tx, group_size=2), schedule, pair_up, add_ref

@@ -48,7 +48,9 @@ def train(
     def advance(state, round_):
         rollouts, rewards = sample(inputs.policy_of(state.params), round_)
         sequences = SequenceBatch(rollouts.tokens, rollouts.completion_mask)
-        ref_logps = scorer(ground)(inputs.policy, sequences)
+        ref_logps = scorer(ground, settings.samples_per_prompt)(
+            inputs.policy, sequences
+        )
         batch, numbers = prepare(rollouts, ref_logps)
         for _ in range(settings.epochs):
             state, metrics = compiled.step(state, batch, inputs.base)
@@ -190,4 +192,6 @@ def program(ground: Ground, settings: config.PolicyGradientSection):
             eos_id=ground.eos_id,
         )
 
-    return ground.compiler(make_step, tx), schedule, prepare
+    # Micro-batches are dealt row by row, which takes groups apart.
+    group_size = settings.samples_per_prompt if settings.num_microbatches == 1 else 1
+    return ground.compiler(make_step, tx, group_size=group_size), schedule, prepare

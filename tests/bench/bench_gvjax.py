@@ -9,7 +9,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu") if not os.environ.get(
     "BENCH_GPU"
 ) else None
-import common
+import common  # noqa: E402
 
 a = common.args(["sft", "rm", "dpo", "gen", "online"])
 import dataclasses  # noqa: E402
@@ -20,7 +20,8 @@ import numpy as np  # noqa: E402
 
 import gvjax  # noqa: E402
 from gvjax import optim, sampling  # noqa: E402
-from gvjax.models import heads, hf, transformer  # noqa: E402
+from gvjax.models import groups, heads, hf, transformer  # noqa: E402
+from gvjax.types import SharedPrompts  # noqa: E402
 
 V = a.variants
 config, params = hf.load_policy(a.dir, dtype="bfloat16" if "bf16" in V else "float32")
@@ -39,7 +40,10 @@ def jit(step):
 
 def logps_function(prompt_length, completion_length, group_size):
     """The model's log-probabilities; in variant shared, with each prompt run once."""
-    return transformer.token_logps_fn(config)
+    if "shared" not in V:
+        return transformer.token_logps_fn(config)
+    model = groups.group_logps_fn(config)
+    return SharedPrompts(model, prompt_length, completion_length, group_size)
 
 
 def user_sft(batches):

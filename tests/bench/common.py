@@ -65,7 +65,8 @@ def pairs(a):
 def busy():
     """CPU seconds that the whole machine has spent so far (0 where /proc/stat is not there)."""
     try:
-        f = [int(x) for x in open("/proc/stat").readline().split()[1:9]]
+        with open("/proc/stat") as stat:
+            f = [int(x) for x in stat.readline().split()[1:9]]
         return (sum(f) - f[3] - f[4]) / os.sysconf("SC_CLK_TCK")
     except OSError:
         return 0.0

@@ -141,7 +141,7 @@ def hidden(p, ids):
         x, _ = lax.scan(f, x, p["layers"])
     else:
         for i in range(L):
-            x, _ = f(x, jax.tree.map(lambda y: y[i], p["layers"]))
+            x, _ = f(x, jax.tree.map(lambda y, i=i: y[i], p["layers"]))
     return norm(x, p["norm"]).reshape(B, T, D)
 
 
@@ -190,7 +190,7 @@ def generate(p, ids, key, new):
     p = cast(p)
     B, T = ids.shape
     S = T + new
-    ws = [jax.tree.map(lambda y: y[i], p["layers"]) for i in range(L)]
+    ws = [jax.tree.map(lambda y, i=i: y[i], p["layers"]) for i in range(L)]
 
     def run(tok, pos, at, caches, mask):
         cs, x, out = angles(pos), p["emb"][tok.reshape(-1)], []

@@ -15,6 +15,17 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 # peer -> (venv, script, {task: [variants]})
 PEERS = {
+    "gvjax": (
+        "gvjax",
+        "bench_gvjax.py",
+        {
+            "sft": [""],
+            "rm": [""],
+            "dpo": ["", "shared"],
+            "gen": [""],
+            "online": ["", "shared"],
+        },
+    ),
     "trl": (
         "trl",
         "bench_trl.py",
@@ -31,7 +42,6 @@ PEERS = {
         "bench_tunix.py",
         {"sft": [""], "dpo": [""], "gen": [""], "online": [""]},
     ),
-    "easydel": ("easydel", "bench_easydel.py", {"sft": [""], "rm": [""], "dpo": [""]}),
     "plain-jax": (
         "tunix",
         "floor_jax.py",

@@ -214,6 +214,29 @@ def loss_and_gradient(config, params, tokens):
 
 
 @pytest.mark.parametrize(
+    "layers, platform, chosen, expected",
+    [
+        (4, "cpu", None, False),
+        (32, None, None, False),
+        (33, "cpu", None, True),
+        (9, "tpu", None, True),
+        (9, "gpu", False, False),
+        (4, "cpu", True, True),
+    ],
+)
+def test_depth_and_platform_choose_the_scan(layers, platform, chosen, expected):
+    config = dataclasses.replace(
+        FAMILIES["llama"], num_layers=layers, scan_layers=chosen
+    )
+    run = functools.partial(transformer.hidden, config, platform=platform)
+    program = jax.make_jaxpr(run)(
+        transformer.init_shapes(config), jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    )
+    loops = [eqn for eqn in program.eqns if eqn.primitive.name == "scan"]
+    assert len(loops) == expected
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"scan_layers": True},
