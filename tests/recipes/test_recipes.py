@@ -736,16 +736,6 @@ def test_gold_rises_clearly_from_random_parameters_to_sft(inputs):
     assert after > before + 0.3
 
 
-def test_gold_rises_clearly_where_the_trained_reward_model_chooses(inputs):
-    prompts = inputs.validation.take(slice(60))
-    learned = config.BestOfNSection(n=4, rewards=config.RewardSources())
-    chosen = best_of_n.evaluate(learned, inputs, prompts, role="bon").gold
-    one = evaluate_policy(
-        inputs.ground, inputs.task, inputs.policy, inputs.policy, prompts, seed=0
-    )
-    assert chosen.mean() > one.gold.mean() + 0.1
-
-
 @pytest.mark.parametrize("name", marked(LEARNS))
 def test_gold_rises_clearly(name, inputs, tmp_path):
     module, settings = LEARNS[name]
