@@ -112,7 +112,7 @@ def test_both_roads_take_their_first_steps(tmp_path, monkeypatch, request):
     small = {"prompts_per_step": 2, "samples_per_prompt": 2, "evaluate_every": 2}
     found = run("online_dpo", **small)
     assert losses("online_dpo")[0] == pytest.approx(np.log(2), abs=1e-4)
-    assert np.isfinite(found["kl"]) and np.isfinite(found["reward"])
+    assert np.isfinite(found["kl"]) and np.isfinite(found["proxy"])
     export.export(tmp_path / "online_dpo", tmp_path / "out")
     _, before = hf.load_policy(tmp_path / "model")
     _, after = hf.load_policy(tmp_path / "out")

@@ -258,7 +258,7 @@ def test_every_recipe_runs_on_real_pairs(recipe, write, made, place):
     settings_of = config.load(write(recipe, recipe, settings=settings, **case))
     result = single.run(settings_of)
     assert "gold" not in result and result["length"] >= 1 and np.isfinite(result["kl"])
-    assert ("reward" in result) == (recipe not in ("dpo", "best_of_n"))
+    assert ("proxy" in result) == (recipe not in ("dpo", "best_of_n"))
     if recipe == "best_of_n":
         return
     if recipe == "dpo":
@@ -380,7 +380,7 @@ def test_a_verifier_trains_a_policy_on_word_problems(write, place):
     settings = {**GROUPS, "algorithm": "rloo", "rewards": GOLD}
     file = write("svamp", "policy_gradient", task, rows, settings=settings)
     result = single.run(config.load(file))
-    assert 0 <= result["gold"] <= 1 and "reward" not in result
+    assert 0 <= result["gold"] <= 1 and "proxy" not in result
     assert [line["reward"] for line in metrics_of(place / "svamp") if "reward" in line]
 
 
