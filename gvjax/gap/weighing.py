@@ -315,7 +315,9 @@ def _samples(
     wins: dict[str, list[np.ndarray]] = {name: [] for name in names}
     golds: dict[str, list[np.ndarray]] = {name: [] for name in names}
     gaps: dict[str, list[quantities.GoldGap]] = {name: [] for name in names}
-    validation, peaks, lengths = [], [], []
+    validation: list[np.ndarray] = []
+    peaks: list[float] = []
+    lengths: list[float] = []
     for scene in scenes:
         held, test = scene.samples("validation"), scene.samples("test")
         against = quantities.winrates(held["gold"][:, :most], held["gold"][:, most:])
