@@ -21,6 +21,7 @@ from gvjax.gap.results import (
     Contrast,
     CurvePoint,
     Ledger,
+    Road,
     Sample,
     ScorerResult,
     ScorerSeed,
@@ -119,7 +120,7 @@ def _gather_task(
                 _seed_result(seed, trials[best], setting=setting, ledger=ledger)
             )
         borrows = arm.road == "offline" and arm.data != "pairs"
-        road = "relabelled" if borrows else arm.road
+        road: Road = "relabelled" if borrows else arm.road
         gathered.append(ArmResult(name, road, tuple(seeds), _describe(arm)))
     for seed in study.seeds:
         scorers["reward model"].append(_scorer_seed(seed, result("reward", seed)))

@@ -49,16 +49,18 @@ CUES = "accuracy lost on paraphrases, DPO policy less verifier"
 PEAK = "rarity of the best samples"
 LENGTH = "share of gold explained by length"
 
-_TIER1 = {
-    "advantage": ADVANTAGE,
-    "headroom": HEADROOM,
-    "lead": LEAD,
-    "oracle": ORACLE,
-    "efficiency": EFFICIENCY,
-    "turn": TURN,
-    "slope": SLOPE,
-}
-_TIER2 = {"difference": DIFFERENCE, "matched_kl": MATCHED}
+_DECISIVE = (
+    ADVANTAGE,
+    HEADROOM,
+    LEAD,
+    ORACLE,
+    EFFICIENCY,
+    TURN,
+    SLOPE,
+    DIFFERENCE,
+    MATCHED,
+)
+"""What the advice looks at: the bounds of those that were measured hold together."""
 _TESTS = (ADVANTAGE, LEAD, DIFFERENCE, MATCHED)
 """Decision tests declared here and nowhere else: Holm's correction is over those that were measured."""
 
@@ -315,7 +317,9 @@ def _samples(
     wins: dict[str, list[np.ndarray]] = {name: [] for name in names}
     golds: dict[str, list[np.ndarray]] = {name: [] for name in names}
     gaps: dict[str, list[quantities.GoldGap]] = {name: [] for name in names}
-    validation, peaks, lengths = [], [], []
+    validation: list[np.ndarray] = []
+    peaks: list[float] = []
+    lengths: list[float] = []
     for scene in scenes:
         held, test = scene.samples("validation"), scene.samples("test")
         against = quantities.winrates(held["gold"][:, :most], held["gold"][:, most:])
@@ -555,7 +559,7 @@ def _quantities(
 ) -> tuple[dict[str, Bounds], dict[str, Quantity]]:
     """Simultaneous bounds of the numbers that decide, and all numbers with their intervals and tests."""
     estimates: dict[str, Estimate] = {}
-    for name in {**_TIER1, **_TIER2}.values():
+    for name in _DECISIVE:
         number = numbers.get(name)
         if number is None or number.estimate is None:
             continue
@@ -636,17 +640,25 @@ def _advice(
 
     one = Tier1(
         seeds,
-        **{field: bounds.get(name) for field, name in _TIER1.items()},
-        data_multiplier_identified=None if multiplier is None else multiplier.identified,
+        advantage=bounds.get(ADVANTAGE),
+        headroom=bounds.get(HEADROOM),
+        lead=bounds.get(LEAD),
+        oracle=bounds.get(ORACLE),
+        efficiency=bounds.get(EFFICIENCY),
+        turn=bounds.get(TURN),
+        slope=bounds.get(SLOPE),
+        data_multiplier_identified=None
+        if multiplier is None
+        else multiplier.identified,
         peak_distance=beside(PEAK),
         length_share=beside(LENGTH),
         cue_drop=beside(CUES),
-    )  # fmt: skip
+    )
     two = None
     warnings: tuple[str, ...] = ()
     if judged is not None:
         two = Tier2(
-            seeds, **{field: bounds.get(name) for field, name in _TIER2.items()}
+            seeds, difference=bounds.get(DIFFERENCE), matched_kl=bounds.get(MATCHED)
         )
         warnings = judged.finding.warnings
     margins = settings.margins

@@ -91,7 +91,11 @@ def where(tmp_path_factory):
     one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
     patch.setattr(sharding, "make_mesh", one)
     patch.chdir(path)
+    # Set here, the command leaves it alone; and it is put back for the tests that follow in this process.
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(path / "compiled"))
     yield path
+    jax.config.update("jax_compilation_cache_dir", before)
     patch.undo()
 
 
