@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import make_run, metrics_of
+from kept_runs import make_run, metrics_of
 
 from gvjax import config, sharding
 from gvjax.data.tokenizer import ByteTokenizer
