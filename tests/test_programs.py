@@ -23,7 +23,7 @@ from gvjax.types import (
 # A vocabulary that no other size is a multiple of, and enough rows that the logits take several chunks.
 VOCABULARY, PROMPT, COMPLETION, ROWS = 331, 64, 64, 32
 MODEL = ModelConfig(
-    vocab_size=VOCABULARY, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=32
+    vocab_size=VOCABULARY, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32
 )
 
 

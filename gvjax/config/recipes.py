@@ -71,12 +71,17 @@ class SftSection(Recipe):
 
     Attributes:
       steps, batch_size: updates, and demonstrations in each.
+      packed_length: tokens of a row that several sequences share, so that little of it is padding; batch_size is then
+        rows (of pairs: rows of each side), and how many sequences a step has varies. null gives each its own row. Four
+        times the longest sequence is a good length on CPUs and TPUs; on GPUs packed rows run without the fused attention
+        kernel, so measure (`gvjax bench --only sft,sft_packed`).
       num_microbatches: slices of a batch; changes memory, not results.
     """
 
     recipe: Literal["sft"] = "sft"
     steps: Count = 800
     batch_size: Count = 128
+    packed_length: Count | None = None
     num_microbatches: Count = 1
     optimizer: OptimizerSection = OptimizerSection(
         learning_rate=2e-3, schedule="cosine"
@@ -95,6 +100,10 @@ class RewardSection(Recipe):
       early_stop: keep the checkpoint with the best held-out likelihood instead of the last.
       evaluate_every: steps between held-out evaluations.
       zero_head: start every reward at 0, else a random head of standard deviation 1/√(D + 1).
+      packed_length: tokens of a row that several sequences share, so that little of it is padding; batch_size is then
+        rows (of pairs: rows of each side), and how many sequences a step has varies. null gives each its own row. Four
+        times the longest sequence is a good length on CPUs and TPUs; on GPUs packed rows run without the fused attention
+        kernel, so measure (`gvjax bench --only sft,sft_packed`).
       num_microbatches: slices of a batch; changes memory, not results.
     """
 
@@ -107,6 +116,7 @@ class RewardSection(Recipe):
     early_stop: bool = False
     evaluate_every: Count = 25
     zero_head: bool = True
+    packed_length: Count | None = None
     num_microbatches: Count = 1
     optimizer: OptimizerSection = OptimizerSection(learning_rate=5e-4)
 
@@ -121,6 +131,10 @@ class DpoSection(Recipe):
       beta: how closely the policy is held to the reference; small lets it move. null takes the loss's own.
       nll_weight: weight of the chosen completion's negative log-likelihood per token, added to the loss.
       evaluate_every: steps between evaluations on validation prompts, from which the best checkpoint is kept.
+      packed_length: tokens of a row that several sequences share, so that little of it is padding; batch_size is then
+        rows (of pairs: rows of each side), and how many sequences a step has varies. null gives each its own row. Four
+        times the longest sequence is a good length on CPUs and TPUs; on GPUs packed rows run without the fused attention
+        kernel, so measure (`gvjax bench --only sft,sft_packed`).
       num_microbatches: slices of a batch; changes memory, not results.
     """
 
@@ -132,6 +146,7 @@ class DpoSection(Recipe):
     beta: Positive | None = None
     nll_weight: NonNegative = 0.0
     evaluate_every: Count = 100
+    packed_length: Count | None = None
     num_microbatches: Count = 1
     optimizer: OptimizerSection = OptimizerSection(learning_rate=3e-4)
 

@@ -233,6 +233,13 @@ class _Ragged:
         np.cumsum([len(ids) for ids in lists], out=offsets[1:])
         return cls(np.concatenate(lists), offsets)
 
+    @classmethod
+    def rows(cls, tokens: np.ndarray, lengths: np.ndarray) -> "_Ragged":
+        """Of padded rows."""
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        inside = np.arange(tokens.shape[1]) < lengths[:, None]
+        return cls(tokens[inside], offsets)
+
     def __getitem__(self, index: int) -> np.ndarray:
         return self.flat[self.offsets[index] : self.offsets[index + 1]]
 
@@ -367,6 +374,54 @@ def encode_rows(
         report=report,
         fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
     )
+
+
+def examples_of(
+    kind: type[Row],
+    prompts: tuple[np.ndarray, np.ndarray],
+    completions: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    lengths: LengthPolicy,
+    pad_id: int,
+    ref_logps: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Examples:
+    """Examples of rows that are tokenised already.
+
+    Args:
+      kind: what they are: DemonstrationRow has one completion, PreferenceRow two.
+      prompts: (tokens int32[n, P], lengths int32[n]).
+      completions: the same for every completion.
+      lengths: the rows they are put into; nothing is cut.
+      pad_id: what rows are filled up with.
+      ref_logps: see `Examples`.
+
+    Raises:
+      ValueError: a row is longer than the longest bucket.
+    """
+    sides = [_Ragged.rows(*each) for each in (prompts, *completions)]
+    count, digest = len(prompts[0]), hashlib.sha256()
+    for side in sides:
+        digest.update(side.flat.tobytes() + side.offsets.tobytes())
+    made = Examples(
+        kind=kind,
+        rows=np.arange(count),
+        prompts=sides[0],
+        completions=tuple(sides[1:]),
+        margins=None,
+        labels=None,
+        truncated=np.zeros(count, bool),
+        lengths=lengths,
+        pad_id=pad_id,
+        report=FaultReport(count, count, {}, {}),
+        fingerprint=digest.hexdigest(),
+        ref_logps=ref_logps,
+    )
+    longest = made.totals.max(initial=0)
+    if longest > lengths.buckets[-1]:
+        raise ValueError(
+            f"a row has {longest} tokens, more than the longest bucket {lengths.buckets[-1]}; add a longer one"
+        )
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from gvjax import config, losses, steps
 from gvjax.data.ahead import Ahead
-from gvjax.recipes import checks, loop
+from gvjax.recipes import checks, loop, packed
 from gvjax.recipes.evaluation import evaluate_margins
 from gvjax.recipes.ground import Ground, cached, make_optimizer, rows_at
 from gvjax.recipes.inputs import Inputs
@@ -40,6 +40,9 @@ def train(
         return pairs.batch(rows, ground.pad_id)
 
     feed = Ahead(batch_at, stop=settings.steps)
+    if settings.packed_length is not None:
+        rows = packed.pairs(pairs, ground, settings, inputs.seed, "packed pairs")
+        feed = Ahead(rows.batch_at, stop=settings.steps)
 
     def advance(state, round_):
         with run.clock.part("data"):

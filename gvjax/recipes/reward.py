@@ -6,7 +6,7 @@ import numpy as np
 
 from gvjax import config, steps
 from gvjax.data.ahead import Ahead
-from gvjax.recipes import checks, loop
+from gvjax.recipes import checks, loop, packed
 from gvjax.recipes.evaluation import ScorerEvaluation, evaluate_margins
 from gvjax.recipes.ground import (
     Ground,
@@ -47,6 +47,9 @@ def train(
         return pairs.batch(rows, ground.pad_id)
 
     feed = Ahead(batch_at, stop=settings.steps)
+    if settings.packed_length is not None:
+        rows = packed.pairs(pairs, ground, settings, inputs.seed, "packed reward pairs")
+        feed = Ahead(rows.batch_at, stop=settings.steps)
 
     def advance(state, round_):
         with run.clock.part("data"):

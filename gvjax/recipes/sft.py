@@ -5,7 +5,7 @@ import functools
 from gvjax import config, steps
 from gvjax.data.ahead import Ahead
 from gvjax.models import lora
-from gvjax.recipes import checks, loop
+from gvjax.recipes import checks, loop, packed
 from gvjax.recipes.ground import (
     Ground,
     cached,
@@ -32,6 +32,9 @@ def train(
       seed: of the initialisation and the demonstrations.
       run: where it is kept.
     """
+    together = None
+    if settings.packed_length is not None:
+        together = packed.demonstrations(task, ground, settings, seed)
     compiled, schedule = program(ground, settings)
     policy = ground.init_policy(role_key(seed, "init"))
     adapted = ground.lora is not None
@@ -44,7 +47,9 @@ def train(
         rows = demonstrations_at(task, seed, settings.batch_size, round_)
         return sequences(*rows, ground.pad_id)
 
-    feed = Ahead(batch_at, stop=settings.steps)
+    feed = Ahead(
+        batch_at if together is None else together.batch_at, stop=settings.steps
+    )
 
     def advance(state, round_):
         with run.clock.part("data"):

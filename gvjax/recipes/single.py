@@ -17,6 +17,7 @@ from gvjax.recipes import (
     identity,
     loop,
     online_dpo,
+    packed,
     policy_gradient,
     ppo,
     rebel,
@@ -154,6 +155,10 @@ def check(section: config.Recipe, ground: Ground) -> None:
     try:
         if isinstance(section, config.DpoSection):
             _check_loss(section)
+        if isinstance(
+            section, config.SftSection | config.RewardSection | config.DpoSection
+        ):
+            packed.check(section, ground)
         for name in ("batch_size", "prompts_per_step", "on_policy_prompts"):
             if (rows := getattr(section, name, None)) is not None:
                 sharding.check_batch_size(ground.mesh, rows, name)
@@ -189,6 +194,11 @@ def _check_loss(section: config.DpoSection) -> None:
     if lacking:
         raise ValueError(
             f"the loss {section.loss} asks for {', '.join(sorted(lacking))}, which the pairs do not have; use another"
+        )
+    if section.packed_length is not None and losses.couples_rows(loss):
+        raise ValueError(
+            f"packed_length is given, but the loss {section.loss} compares rows with each other and cannot weigh the places"
+            " that a packed row leaves empty; take packed_length out of the config"
         )
     if section.num_microbatches > 1 and losses.couples_rows(loss):
         raise ValueError(

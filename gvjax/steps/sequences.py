@@ -182,6 +182,8 @@ def paired_logps(
     N is B, or B · S where pairs are packed.
     """
     check_sequences(chosen=batch.chosen, rejected=batch.rejected)
+    if batch.chosen.segments is not None:
+        pairs_per_row(batch)
     both = interleave(batch.chosen, batch.rejected)
     return sums_by_pair(batch, completion_logps(logps_fn, params, both))
 

@@ -112,6 +112,7 @@ del TRACED[config.PolicyGradientSection]["kl_in"]
 # Fields of what runs around the program: how much is drawn, when it is judged, what it starts from.
 AROUND = {
     "batch_size",
+    "packed_length",
     "evaluate_every",
     "early_stop",
     "zero_head",

@@ -1,0 +1,110 @@
+"""Batches of packed rows: several sequences share one, and what a step spends on padding is spent on tokens instead.
+
+A step then has a fixed number of rows and not of sequences; how many those are differs a little from step to step. Which
+sequences share a row is fixed, the order of the rows is new in every epoch.
+"""
+
+import numpy as np
+
+from gvjax import config
+from gvjax.data.batches import Batches, Examples, LengthPolicy, examples_of
+from gvjax.data.schema import DemonstrationRow, PreferenceRow, Row
+from gvjax.recipes.dataset import Dataset
+from gvjax.recipes.ground import Ground, role_rng
+from gvjax.recipes.pairs import Pairs
+from gvjax.tasks.task import Completions, Prompts, Task
+
+
+def demonstrations(
+    task: Task, ground: Ground, settings: config.SftSection, seed: int
+) -> Batches:
+    """A dataset's demonstrations, `batch_size` rows of `packed_length` tokens a step.
+
+    Raises:
+      ConfigError: the task makes its demonstrations at every step, and has none to pack.
+    """
+    if not isinstance(task, Dataset):
+        raise config.ConfigError(
+            f"packed_length is {settings.packed_length}, but task {task.name} makes new demonstrations at every step; only"
+            " a dataset's can be packed. Take it out of the config"
+        )
+    rows = task.demonstrations_of(np.arange(len(task.demonstrated)))
+    prompts, completions = rows
+    examples = _examples(DemonstrationRow, prompts, (completions,), ground, settings)
+    return _batches(examples, settings, seed, "packed demonstrations")
+
+
+def pairs(
+    pairs: Pairs,
+    ground: Ground,
+    settings: config.DpoSection | config.RewardSection,
+    seed: int,
+    role: str,
+) -> Batches:
+    """Pairs with their reference log-probabilities, `batch_size` rows of each side a step."""
+    examples = _examples(
+        PreferenceRow,
+        pairs.prompts,
+        (pairs.chosen, pairs.rejected),
+        ground,
+        settings,
+        ref_logps=(pairs.ref_chosen_logps, pairs.ref_rejected_logps),
+    )
+    return _batches(examples, settings, seed, role)
+
+
+def _examples(
+    kind: type[Row],
+    prompts: Prompts,
+    completions: tuple[Completions, ...],
+    ground: Ground,
+    settings: config.SftSection | config.DpoSection | config.RewardSection,
+    ref_logps: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Examples:
+    assert settings.packed_length is not None
+    return examples_of(
+        kind,
+        (prompts.tokens, prompts.lengths),
+        [(each.tokens, each.lengths) for each in completions],
+        lengths=LengthPolicy((settings.packed_length,)),
+        pad_id=ground.pad_id,
+        ref_logps=ref_logps,
+    )
+
+
+def _batches(examples: Examples, settings, seed: int, role: str) -> Batches:
+    try:
+        return Batches(
+            examples,
+            batch_size=settings.batch_size,
+            seed=int(role_rng(seed, role).integers(2**62)),
+            packing=True,
+        )
+    except ValueError as error:
+        raise config.ConfigError(
+            f"packed_length {settings.packed_length}: {error}"
+        ) from None
+
+
+def check(
+    section: config.SftSection | config.DpoSection | config.RewardSection,
+    ground: Ground,
+) -> None:
+    """Refuses rows that cannot be packed.
+
+    Raises:
+      ValueError: a row is shorter than a sequence may be, or the network cannot tell sequences of a row apart.
+    """
+    if section.packed_length is None:
+        return
+    longest = ground.prompt_length + ground.completion_length
+    if section.packed_length < longest:
+        raise ValueError(
+            f"packed_length is {section.packed_length}, but one prompt with its completion has up to {longest} tokens;"
+            f" use at least that, better {4 * longest}"
+        )
+    if ground.model.learned_positions is not None:
+        raise ValueError(
+            "packed_length is given, but the model's positions are learned and count from the start of a row; use"
+            " rotary ones, or take packed_length out of the config"
+        )
