@@ -1,0 +1,87 @@
+"""The plan of a recipe against the recipe itself: what is planned must be what runs."""
+
+import pathlib
+
+import jax
+import pytest
+
+from gvjax import config
+from gvjax.plan import fitting, programs
+from gvjax.recipes import single
+from gvjax.recipes.ground import ground_of, task_of
+
+ROOT = pathlib.Path(__file__).parents[2]
+STUDY = config.load(ROOT / "configs" / "smoke.yaml", [])
+
+
+@pytest.fixture(scope="module")
+def ground():
+    return ground_of(
+        task_of(STUDY.task, 0), STUDY.model, config.MeshSection(), jax.devices()[:1]
+    )
+
+
+def test_a_study_is_planned_recipe_by_recipe(ground):
+    parts = fitting.parts_of(STUDY)
+    assert [part.name for part in parts[:2]] == ["sft", "reward"]
+    assert [part.name for part in parts[2:]] == list(STUDY.arms)
+    for part in parts:
+        assert part.stage(ground).programs
+
+
+@pytest.mark.parametrize("recipe", [*single.TRAIN, "sft", "reward", "best_of_n"])
+def test_every_recipe_has_a_plan_whose_programs_compile(ground, recipe):
+    small = {
+        "steps": 2,
+        "batch_size": 4,
+        "prompts_per_step": 4,
+        "samples_per_prompt": 2,
+        "on_policy_prompts": 4,
+        "n": 4,
+    }
+    kind = {
+        section.model_fields["recipe"].default: section
+        for section in config.Recipe.__subclasses__()
+    }[recipe]
+    given = {name: size for name, size in small.items() if name in kind.model_fields}
+    section = kind(**given)
+    stage = programs.stage_of(
+        recipe, section, ground, pairs=None, evaluated=4, select="best"
+    )
+    names = [program.name for program in stage.programs]
+    assert len(set(names)) == len(names)
+    if recipe == "best_of_n":
+        assert stage.batch is None
+        return
+    assert "train step" in names
+    policy = programs.bytes_per_device(ground.policy_shapes())
+    scorer = programs.bytes_per_device(ground.reward_model_shapes())
+    trained = {"ppo": policy + scorer, "reward": scorer}.get(recipe, policy)
+    assert stage.held["params"] == trained
+    # AdamW's two moments, and a few counters.
+    assert 0 <= stage.held["optimizer"] - 2 * trained < 100
+    for program in stage.programs:
+        lowered = program.lower()
+        assert lowered.as_text()
+
+
+def test_what_lies_beside_a_program(ground):
+    section = config.OnlineDpoSection(prompts_per_step=4, samples_per_prompt=2)
+    stage = programs.stage_of("o", section, ground, pairs=None, evaluated=4)
+    by_name = {program.name: program for program in stage.programs}
+    assert set(stage.held) == {"params", "optimizer", "reference", "reward model"}
+    beside_step = stage.beside(by_name["train step"])
+    assert beside_step == stage.held["reference"] + stage.held["reward model"]
+    sample = by_name["sample 4 x 2"]
+    assert sample.cache > 0
+    total = sum(stage.held.values())
+    assert stage.beside(sample) == total - stage.held["params"]
+
+
+def test_a_tensor_axis_over_hosts_is_refused():
+    from gvjax.plan import targets
+
+    mesh = config.MeshSection(data=1, fsdp=-1, tensor=16)
+    with pytest.raises(config.ConfigError, match="beyond a host"):
+        fitting.check_mesh(mesh, targets.target("h100-32"))
+    fitting.check_mesh(mesh, targets.target("v5e-16"))
