@@ -1,7 +1,7 @@
 """What the text of a compiled program says: its collectives, over which mesh axes they run, and its kernels.
 
-Instructions inside a loop are counted as often as the loop runs, where its condition compares with one constant; decoding
-may end earlier, when every row has drawn its EOS.
+Instructions inside a loop are counted as often as the loop runs at most, where its condition compares with a constant:
+decoding may end earlier, when every row has drawn its EOS.
 """
 
 import dataclasses
@@ -37,7 +37,8 @@ _CALLED = re.compile(
 )
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CONSTANT = re.compile(r" = s(?:32|64)\[\]\S* constant\((\d+)\)")
+_CONSTANT = re.compile(r"%([\w.\-]+) = s(?:32|64)\[\]\S* constant\((\d+)\)")
+_BOUND = re.compile(r" compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,8 @@ def kernels(text: str) -> dict[str, int]:
 def _times(text: str) -> dict[str, int]:
     """How often each computation runs in one call, by the lengths of the loops around it."""
     calls: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
-    constants: dict[str, list[int]] = defaultdict(list)
+    constants: dict[str, int] = {}
+    bounds: dict[str, list[str]] = defaultdict(list)
     entry, computation = "", ""
     for line in text.splitlines():
         if opened := _COMPUTATION.match(line):
@@ -127,7 +129,9 @@ def _times(text: str) -> dict[str, int]:
                 entry = computation
             continue
         if constant := _CONSTANT.search(line):
-            constants[computation].append(int(constant.group(1)))
+            constants[constant.group(1)] = int(constant.group(2))
+        if bound := _BOUND.search(line):
+            bounds[computation].append(bound.group(1))
         condition = _CONDITION.search(line) if " while(" in line else None
         told = _TRIPS.search(line) if condition else None
         for called in _CALLED.findall(line):
@@ -141,8 +145,8 @@ def _times(text: str) -> dict[str, int]:
         times[name] += factor
         for called, condition, trips in calls.get(name, ()):
             if condition and not trips:
-                bounds = constants.get(condition, [])
-                trips = bounds[0] if len(bounds) == 1 else 1
+                known = [constants.get(name, 1) for name in bounds[condition]]
+                trips = known[0] if len(known) == 1 else 1
             visit(called, factor * (trips or 1))
 
     visit(entry, 1)

@@ -7,6 +7,7 @@ import pytest
 
 from gvjax import config
 from gvjax.plan import fitting, programs
+from gvjax.plan.compiling import Compiled
 from gvjax.recipes import single
 from gvjax.recipes.ground import ground_of, task_of
 
@@ -85,3 +86,48 @@ def test_a_tensor_axis_over_hosts_is_refused():
     with pytest.raises(config.ConfigError, match="beyond a host"):
         fitting.check_mesh(mesh, targets.target("h100-32"))
     fitting.check_mesh(mesh, targets.target("v5e-16"))
+
+
+class FakePart:
+    """A recipe whose stages are named by what was changed about them."""
+
+    section = config.DpoSection(batch_size=64)
+
+    def stage(self, ground, **changes):
+        made = {"batch_size": 64, "num_microbatches": 1, **changes}
+        name = f"{made['batch_size']} {made['num_microbatches']} {ground.model.remat}"
+        return programs.Stage(name, {}, (), ("batch_size", made["batch_size"]))
+
+
+@pytest.fixture
+def gib_a_row(monkeypatch):
+    """A GiB for every row of a micro-batch, half of it with remat, of 16."""
+
+    def planned(stage, compiler, target):
+        rows, slices, remat = stage.name.split()
+        peak = int(rows) * 2**30 // int(slices) // (2 if remat == "full" else 1)
+        row = fitting.Row(None, Compiled(peak), 0)
+        return fitting.Planned(stage, (row,), 16 * 2**30)
+
+    monkeypatch.setattr(fitting, "_planned", planned)
+
+
+def test_the_largest_batch_is_found_by_bisection(ground, gib_a_row):
+    assert fitting._largest_batch(FakePart(), ground, None, None) == ("batch_size", 16)
+
+
+def test_what_would_fit(ground, gib_a_row):
+    def on(model, mesh):
+        return ground_of(
+            task_of(STUDY.task, 0), model, config.MeshSection(), jax.devices()[:1]
+        ), None
+
+    found = fitting._remedies(FakePart(), STUDY, None, ground, None, on)
+    # Half of 64 GiB is too much still; in two slices it is 16.
+    expected = "model.remat=full num_microbatches=2"
+    assert list(found) == [(expected, 16 * 2**30)]
+
+
+def test_a_refused_program_does_not_fit():
+    row = fitting.Row(None, Compiled(1, refused=True), 0)
+    assert not fitting.Planned(programs.Stage("s", {}, ()), (row,), 2.0).fits
