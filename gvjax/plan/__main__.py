@@ -20,6 +20,10 @@ def main(request: dict[str, Any]) -> int:
         jax.config.update("jax_optimization_level", "O0")
     try:
         settings = config.load(request["config"], request["overrides"])
+        if isinstance(settings, config.GapConfig):
+            raise config.ConfigError(
+                f"{request['config']} is a measurement of a gap; plan a config of `gvjax run` or `gvjax compare`"
+            )
         target = targets.target(request["on"], request["slices"])
         devices = compiling.devices(target)
         for planned in fitting.plan(

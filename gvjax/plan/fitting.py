@@ -145,9 +145,10 @@ def plan(
     """
     check_mesh(settings.mesh, target)
     task = task_of(settings.task, _seed(settings))
+    adapters = settings.lora
 
     def on(model: dict[str, Any], mesh: config.MeshSection) -> tuple[Ground, Compiler]:
-        ground = ground_of(task, model, mesh, devices)
+        ground = ground_of(task, model, mesh, adapters, devices)
         return ground, Compiler(ground.mesh, lambda name: watch(f"{label}: {name}"))
 
     label = ""

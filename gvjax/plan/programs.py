@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gvjax import config, sharding
-from gvjax.models import cost
+from gvjax.models import cost, lora
 from gvjax.recipes import (
     dpo,
     hypo,
@@ -37,9 +37,6 @@ from gvjax.recipes.ground import (
     scorer,
 )
 from gvjax.types import Params, PreferenceBatch, Rollouts, SequenceBatch
-
-PART = 512
-"""Rows in one call where any number of them are sampled or scored: `ground.sample_all` and its kin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,15 +146,18 @@ def stage_of(
             compiled, _ = sft.program(ground, section)
             batch: Any = parts.sequences(section.batch_size)
             work = parts.training(section.batch_size)
-            programs = [parts.init_policy()]
-            held = {}
-            training = parts.train(compiled, parts.policy, batch, work)
+            programs = [] if ground.checkpoint is not None else [parts.init_policy()]
+            if ground.lora is None:
+                held = {}
+            training = parts.train(compiled, parts.trained, batch, work)
         case config.RewardSection():
             compiled, _ = reward.program(ground, section)
             batch = parts.pairs(section.batch_size, reference=True)
             work = parts.training(2 * section.batch_size, scored=False)
             programs.append(parts.init_reward_model(section.zero_head))
-            training = parts.train(compiled, parts.reward_model, batch, work, source=())
+            training = parts.train(
+                compiled, parts.reward_model, batch, work, source=(), base=False
+            )
             pairs_read = pairs.heldout if pairs is not None else evaluated
             programs += [*training, parts.reward_scoring(parts.part(pairs_read))]
             return parts.stage(name, held, parts.reward_model, programs, section)
@@ -165,7 +165,7 @@ def stage_of(
             compiled, _ = dpo.program(ground, section)
             batch = parts.pairs(section.batch_size, reference=True)
             work = parts.training(2 * section.batch_size)
-            training = parts.train(compiled, parts.policy, batch, work)
+            training = parts.train(compiled, parts.trained, batch, work)
         case config.HypoSection():
             compiled, _ = hypo.program(ground, section)
             fresh = section.on_policy_prompts
@@ -176,7 +176,7 @@ def stage_of(
             )
             work = parts.training(2 * section.batch_size + fresh)
             programs += [parts.sampling(fresh, 1), parts.scoring(fresh)]
-            training = parts.train(compiled, parts.policy, batch, work)
+            training = parts.train(compiled, parts.trained, batch, work)
         case config.OnlineDpoSection():
             compiled, _, pair_up, add_ref = online_dpo.program(ground, section)
             samples = section.samples_per_prompt
@@ -196,7 +196,7 @@ def stage_of(
                     work=parts.forward(learned),
                 ),
             ]
-            training = parts.train(compiled, parts.policy, batch, work)
+            training = parts.train(compiled, parts.trained, batch, work)
         case config.PolicyGradientSection() | config.PpoSection():
             by_ppo = isinstance(section, config.PpoSection)
             compiled, _, prepare = (ppo if by_ppo else policy_gradient).program(
@@ -210,13 +210,13 @@ def stage_of(
             ]
             rollouts, ref_logps = parts.rollouts(rows), parts.columns(rows)
             if by_ppo:
-                trained = {"policy": parts.policy, "value": parts.reward_model}
+                trained = {"policy": parts.trained, "value": parts.reward_model}
                 programs.insert(0, parts.init_reward_model(True))
                 state = compiled.state_shapes(trained)
                 prepared = (state.params["value"], rollouts, ref_logps)
                 read: tuple[str, ...] = ("params",)
             else:
-                trained, prepared, read = parts.policy, (rollouts, ref_logps), ()
+                trained, prepared, read = parts.trained, (rollouts, ref_logps), ()
             batch, _ = parts.made(prepare, *prepared)
             work = parts.training(rows)
             if by_ppo:
@@ -244,26 +244,26 @@ def stage_of(
                 parts.program("pair up", prepare, rollouts, ref_logps),
             ]
             work = parts.training(rows)
-            training = parts.train(compiled, parts.policy, batch, work)
+            training = parts.train(compiled, parts.trained, batch, work)
         case config.RejectionSection():
             compiled, _ = rejection.program(ground, section)
-            rows = parts.part(PART // section.n * section.n)
+            rows = parts.part(ground.rows_per_call // section.n * section.n)
             batch = parts.sequences(section.batch_size)
             programs += [
                 parts.sampling(rows // section.n, section.n),
                 *parts.judging(section.rewards, rows, held),
             ]
             work = parts.training(section.batch_size)
-            training = parts.train(compiled, parts.policy, batch, work)
+            training = parts.train(compiled, parts.trained, batch, work)
         case config.BestOfNSection():
-            prompts = parts.part(PART // section.n)
+            prompts = parts.part(ground.rows_per_call // section.n)
             sampling = parts.sampling(prompts, section.n, arguments=("reference",))
             judging = parts.judging(section.rewards, prompts * section.n, held)
             return Stage(name, held, (*programs, sampling, *judging))
         case _:
             raise TypeError(f"no rule for what {type(section).__name__} compiles")
     return parts.stage(
-        *(name, held, parts.policy, [*programs, *training], section),
+        *(name, held, parts.trained, [*programs, *training], section),
         best=select == "best",
         evaluated=evaluated,
     )
@@ -278,6 +278,8 @@ class _Parts:
         self._split = sharding.batch_sharding(ground.mesh)
         self._length = ground.prompt_length + ground.completion_length
         self.policy: Params = ground.policy_shapes()
+        self.trained: Params = ground.trained_shapes()
+        self._base = self.policy if ground.lora is not None else None
         self.reward_model: Params = ground.reward_model_shapes()
 
     # Shapes.
@@ -323,7 +325,7 @@ class _Parts:
 
     def part(self, rows: int) -> int:
         """Rows of one call when so many are walked through in parts."""
-        return len(in_parts(self._ground, rows, PART)[0])
+        return len(in_parts(self._ground, rows, self._ground.rows_per_call)[0])
 
     # Arithmetic.
 
@@ -393,21 +395,27 @@ class _Parts:
         work: Work,
         *,
         source: tuple[str, ...] = ("reference",),
+        base: bool = True,
     ) -> list[Program]:
-        """The making of the first state from `source`, or from what is let go of then, and the update."""
+        """The making of the first state from `source`, or from what is let go of then, and the update.
+
+        Where adapters are trained (and `base` says that it is a policy that is), the update reads the frozen weights.
+        """
         state = compiled.state_shapes(params)
+        frozen = self._base if base else None
+        read = () if frozen is None else ("reference",)
         return [
             Program(
                 "start",
                 ("start", id(self._ground), str(jax.tree.structure(state))),
                 lambda: compiled.lower_start(params),
-                arguments=(*_STATE, *source),
+                arguments=(*_STATE, *(source if frozen is None else ())),
             ),
             Program(
                 "train step",
                 ("step", id(compiled)),
-                lambda: compiled.lower_step(params, batch),
-                arguments=_STATE,
+                lambda: compiled.lower_step(params, batch, frozen),
+                arguments=(*_STATE, *read),
                 donates=bytes_per_device(state),
                 work=work,
             ),
@@ -435,10 +443,14 @@ class _Parts:
         split = mesh.shape["tensor"]
         cache = -(-rows // shards) * self._length * cost.cache_bytes(model) // split
         ids = self._rows(prompts, dtype=jnp.int32)
+        policy = self.policy
+        if self._base is not None and "params" in arguments:
+            policy = lora.adapted(self._base, self.trained)
+            arguments = (*arguments, "reference")
         return self.program(
             f"sample {prompts} x {samples}",
             sampler(ground, samples),
-            self.policy,
+            policy,
             self._rows(prompts, ground.prompt_length, dtype=jnp.int32),
             *(ids, KEY_SHAPE, ids),
             arguments=arguments,
@@ -483,7 +495,8 @@ class _Parts:
         return [self.reward_scoring(rows, arguments=("reward model",))]
 
     def sampled_pairs(self, pairs: config.PairsSection) -> list[Program]:
-        prompts = len(in_parts(self._ground, pairs.count, PART // 2)[0])
+        half = self._ground.rows_per_call // 2
+        prompts = len(in_parts(self._ground, pairs.count, half)[0])
         return [self.sampling(prompts, 2, arguments=("reference",), early=True)]
 
     def stage(

@@ -18,7 +18,10 @@ STUDY = config.load(ROOT / "configs" / "smoke.yaml", [])
 @pytest.fixture(scope="module")
 def ground():
     return ground_of(
-        task_of(STUDY.task, 0), STUDY.model, config.MeshSection(), jax.devices()[:1]
+        task_of(STUDY.task, 0),
+        STUDY.model,
+        config.MeshSection(),
+        devices=jax.devices()[:1],
     )
 
 
@@ -64,6 +67,25 @@ def test_every_recipe_has_a_plan_whose_programs_compile(ground, recipe):
     for program in stage.programs:
         lowered = program.lower()
         assert lowered.as_text()
+
+
+def test_adapters_are_planned_beside_one_frozen_policy(ground):
+    adapters = config.LoraSection(rank=2)
+    made = ground_of(
+        task_of(STUDY.task, 0),
+        STUDY.model,
+        config.MeshSection(),
+        adapters,
+        jax.devices()[:1],
+    )
+    section = config.DpoSection(batch_size=4)
+    stage = programs.stage_of("dpo", section, made, pairs=None, evaluated=4)
+    policy = programs.bytes_per_device(made.policy_shapes())
+    assert stage.held["reference"] == policy > stage.held["params"]
+    for program in stage.programs:
+        assert program.lower().as_text()
+        if program.name in ("train step", "sample 4 x 1"):
+            assert {"params", "reference"} <= set(program.arguments)
 
 
 def test_what_lies_beside_a_program(ground):
@@ -119,7 +141,10 @@ def test_the_largest_batch_is_found_by_bisection(ground, gib_a_row):
 def test_what_would_fit(ground, gib_a_row):
     def on(model, mesh):
         return ground_of(
-            task_of(STUDY.task, 0), model, config.MeshSection(), jax.devices()[:1]
+            task_of(STUDY.task, 0),
+            model,
+            config.MeshSection(),
+            devices=jax.devices()[:1],
         ), None
 
     found = fitting._remedies(FakePart(), STUDY, None, ground, None, on)
