@@ -30,6 +30,7 @@ def main(request: dict[str, Any]) -> int:
             settings,
             target,
             devices,
+            only=request["only"],
             search=request["search"],
             max_batch=request["max_batch"],
             watch=lambda name: say(compiling=name),

@@ -126,6 +126,7 @@ def _request(parsed: argparse.Namespace) -> dict[str, Any]:
         "overrides": overrides,
         "on": parsed.on,
         "slices": parsed.slices,
+        "only": parsed.only,
         "full": parsed.full,
         "search": parsed.search,
         "max_batch": parsed.max_batch,
@@ -179,6 +180,13 @@ def _parser() -> argparse.ArgumentParser:
         "--mesh",
         type=_mesh,
         help="such as data=4,fsdp=-1,tensor=4; an axis left out is 1",
+    )
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="of a study: sft, reward or an arm's name; may be given again",
     )
     add(
         "--full",

@@ -1,7 +1,7 @@
 """Whole plans: every stage of a run or study on a target, whether it fits, and what would where it does not."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gvjax import config, sharding
@@ -126,6 +126,7 @@ def plan(
     target: Target,
     devices: Any,
     *,
+    only: Sequence[str] = (),
     search: bool = True,
     max_batch: bool = False,
     watch: Callable[[str], None] = lambda text: None,
@@ -136,6 +137,7 @@ def plan(
       settings: the run or study; its mesh is laid over `devices`.
       target: the machine.
       devices: of it, from `compiling.devices`.
+      only: names of parts; () plans all.
       search: where a stage does not fit, look for what would.
       max_batch: look for the largest batch of every stage that trains.
       watch: told what is being compiled.
@@ -154,6 +156,10 @@ def plan(
     label = ""
     ground, compiler = on(settings.model, settings.mesh)
     parts = parts_of(settings)
+    if only:
+        names = [part.name for part in parts]
+        asked = {config.known(name, names, "--only") for name in only}
+        parts = [part for part in parts if part.name in asked]
     for part in parts:
         label = part.name
         check_rows(part.section, ground)

@@ -141,6 +141,13 @@ def cluster(tmp_path_factory):
         made.until(ready, "two idle nodes", 30)
         yield made
     finally:
+        # The steps of a job that is still there would outlive the daemons.
+        subprocess.run(
+            ["scancel", "--me", "--signal=KILL", "--full"],
+            env=made.environment,
+            timeout=30,
+        )
+        time.sleep(1)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
@@ -151,15 +158,16 @@ BASE = """\
 task: {name: tour, options: {num_nodes: 6, horizon: 4, num_goals: 2}}
 model: {embed_dim: 16, num_layers: 1, num_heads: 2, mlp_dim: 32}
 mesh: {data: 1, fsdp: -1}
-logging: {tensorboard: false, every: 1}
+logging: {tensorboard: false, every: 1, sample_every: 0}
+checkpoints: {every: 5}
 """
 SETTINGS = {
     "sft": "settings: {recipe: sft, steps: 5, batch_size: 16}\n",
     "dpo": "pairs: {count: 32, heldout: 16}\nselect: last\nevaluation: {validation_prompts: 16}\n"
-    "settings: {recipe: dpo, steps: 400, batch_size: 16, evaluate_every: 400}\n",
+    "settings: {recipe: dpo, steps: 60, batch_size: 16, evaluate_every: 60}\n",
     "rloo": "evaluation: {validation_prompts: 16}\n"
-    "settings: {recipe: policy_gradient, algorithm: rloo, steps: 300, prompts_per_step: 4,\n"
-    "  samples_per_prompt: 4, evaluate_every: 300, rewards: {reward_model: 0, verifier: {path: gold}}}\n",
+    "settings: {recipe: policy_gradient, algorithm: rloo, steps: 60, prompts_per_step: 4,\n"
+    "  samples_per_prompt: 4, evaluate_every: 60, rewards: {reward_model: 0, verifier: {path: gold}}}\n",
 }
 
 
@@ -185,7 +193,8 @@ def launch(cluster: Cluster, name: str, config: Path, run_dir: Path) -> None:
         *(sys.executable, "-m", "launch", "launch", "--backend", "slurm"),
         *("--name", name, "--accelerator", "cpu-4", "--processes", "2"),
         *("--run-dir", str(run_dir), "--workdir", str(ROOT), "--grace", "60"),
-        *("--partition", "spare", "--", sys.executable, "-m", "gvjax", "run"),
+        *("--shared-mount", str(run_dir.parent), "--partition", "spare"),
+        *("--", sys.executable, "-m", "gvjax", "run"),
         *(str(config), "run_dir={run_dir}"),
     )
 
@@ -203,13 +212,13 @@ def test_preempted_run_comes_back_to_the_same_numbers(cluster, sft, tmp_path, re
             written = lambda metrics=metrics: (  # noqa: E731
                 metrics.exists() and metrics.read_text().count("\n") >= 3
             )
-            cluster.until(written, f"{name} under way", 120)
+            cluster.until(written, f"{name} under way", 300)
             cluster(
                 *("sbatch", "--partition=urgent", "--nodes=2", "--wrap=true"),
                 *("--job-name=urgent", "--output=/dev/null"),
             )
         ended = lambda name=name: cluster.state(name) in ("COMPLETED", "FAILED")  # noqa: E731
-        cluster.until(ended, f"{name} at its end", 180)
+        cluster.until(ended, f"{name} at its end", 400)
         log = (run_dir / f"{name}.log").read_text()
         assert cluster.state(name) == "COMPLETED", log
         assert ("exit code 85; back into the queue" in log) == name.endswith(
