@@ -29,6 +29,7 @@ pytestmark = [
     ),
 ]
 
+# A requeued job waits as long as a credential lives, by default two minutes.
 CONF = """\
 ClusterName=gvjax
 SlurmctldHost={host}(127.0.0.1)
@@ -37,6 +38,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/none
 CredType=cred/none
+AuthInfo=cred_expire=10
 SlurmctldPidFile={root}/slurmctld.pid
 SlurmdPidFile={root}/slurmd.%n.pid
 SlurmdSpoolDir={root}/spool.%n
