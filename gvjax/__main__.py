@@ -1,4 +1,4 @@
-"""The command line: `gvjax gap`, `compare`, `run`, `sample`, `eval`, `export`, `import`, `data`, `puzzles`, `verify`, `bench`."""
+"""The command line: `gvjax gap`, `compare`, `run`, `sample`, `eval`, `export`, `import`, `data`, `puzzles`, `plan`, `verify`, `bench`."""
 
 import argparse
 import logging
@@ -18,6 +18,7 @@ gvjax takes one preference dataset down both roads of fine-tuning and says, with
   gvjax gap --calibrate                      is that advice honest? a thousand studies whose truth is known
   gvjax compare configs/quickstart.yaml      both roads on one task, several seeds, one report
   gvjax run configs/tour/sft.yaml seed=3     one recipe
+  gvjax plan CONFIG --on v5e-256             what fits on a machine that you do not have
   gvjax verify                               prove the losses and the theory on this machine
   gvjax bench                                how fast this machine runs every part, and how fast it could
 """
@@ -83,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from gvjax import bench
 
         return bench.main(arguments[1:])
+    if arguments[:1] == ["plan"]:
+        # It takes options between overrides, which parsers of several verbs cannot.
+        from gvjax.plan import command
+
+        return command.main(arguments[1:])
     parsed = _parser().parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO if parsed.verbose else logging.WARNING,
@@ -297,6 +303,11 @@ def _parser() -> argparse.ArgumentParser:
     puzzles.add_argument("--train", type=_count, default=1000, help="rows")
     puzzles.add_argument("--test", type=_count, default=200, help="rows")
     puzzles.add_argument("--seed", type=_seed, default=0, help="of the items")
+    verbs.add_parser(
+        "plan",
+        help="compile a run or study for a machine that is not there, and say what fits",
+        add_help=False,
+    )
     verbs.add_parser(
         "verify",
         help="prove the losses and the theory on this machine",

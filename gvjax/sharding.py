@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -84,12 +84,26 @@ def make_mesh(
         raise ValueError(
             f"mesh {shown} needs {product} devices and there are {count}: the sizes must multiply to {count}{way_out}"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=devices,
-    )
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        return Mesh(_over_slices(sizes, slices, devices), AXES, axis_types=types)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+
+
+def _over_slices(
+    sizes: dict[str, int], slices: int, devices: Sequence[jax.Device]
+) -> np.ndarray:
+    """TPU slices joined by the slow network: `data` spans them, or `fsdp` where that cannot, and `tensor` never."""
+    outer = next((axis for axis in AXES[:2] if sizes[axis] % slices == 0), None)
+    if outer is None:
+        raise ValueError(
+            f"mesh data={sizes['data']} x fsdp={sizes['fsdp']} x tensor={sizes['tensor']} on {slices} slices: data or "
+            f"fsdp must be a multiple of {slices}, so that the tensor axis stays inside a slice"
+        )
+    across = [slices if axis == outer else 1 for axis in AXES]
+    within = [size // count for size, count in zip(sizes.values(), across)]
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices)
 
 
 def platform(mesh: Mesh) -> str:
@@ -181,6 +195,15 @@ def init_sharded(
     targets = shardings(mesh, jax.eval_shape(init_fn, *args), rules)
     with jax.set_mesh(mesh):
         return jax.jit(init_fn, out_shardings=targets)(*args)
+
+
+def lower_init(
+    init_fn: Callable[..., Tree], mesh: Mesh, rules: Rules, *args: Any
+) -> jax.stages.Lowered:
+    """The program of `init_sharded`, lowered for jax.ShapeDtypeStructs; nothing is built."""
+    targets = shardings(mesh, jax.eval_shape(init_fn, *args), rules)
+    with jax.set_mesh(mesh):
+        return jax.jit(init_fn, out_shardings=targets).lower(*args)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

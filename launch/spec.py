@@ -164,7 +164,10 @@ class JobSpec:
         fill = {
             "{name}": self.name,
             "{run_dir}": self.run_dir,
-            "{mesh}": ",".join(f"{axis}={n}" for axis, n in self.full_mesh.items()),
+            # As YAML, which is what an override `mesh={mesh}` of `gvjax run` takes.
+            "{mesh}": "{"
+            + ", ".join(f"{axis}: {n}" for axis, n in self.full_mesh.items())
+            + "}",
         }
         words = []
         for word in self.argv:

@@ -103,6 +103,10 @@ REFUSED = {
         online(rewards={"verifier": {"path": "a:b", "max_error_share": 1.5}}),
         "max_error_share is 1.5",
     ),
+    "a bucket": (
+        {**RUN, "run_dir": "gs://bucket/run"},
+        "run_dir is gs://bucket/run, but a run is written as files",
+    ),
     # Sizes that do not fit each other.
     "micro-batches": (
         offline(batch_size=30, num_microbatches=4),

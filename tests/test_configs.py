@@ -1,6 +1,5 @@
 """Every YAML under configs/ loads, and its recipes take two steps at tiny size."""
 
-import functools
 import json
 import os
 import pathlib
@@ -145,7 +144,11 @@ def localised(data, elsewhere):
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
 def test_loads_plans_and_says_how_to_run_it(path, monkeypatch, elsewhere, tmp_path):
     # On one device, as on a laptop.
-    one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    make_mesh, first = sharding.make_mesh, jax.devices()[:1]
+
+    def one(*, devices=None, **sizes):
+        return make_mesh(devices=first, **sizes)
+
     monkeypatch.setattr(sharding, "make_mesh", one)
     settings = config.load(path)
     if isinstance(settings.task, config.DatasetSection):
@@ -157,6 +160,8 @@ def test_loads_plans_and_says_how_to_run_it(path, monkeypatch, elsewhere, tmp_pa
     head = path.read_text().partition("\ntask:")[0]
     verbs = {config.StudyConfig: "compare", config.GapConfig: "gap"}
     verb = verbs.get(type(settings), "run")
+    if path.parent.name == "plan":
+        verb = "plan"
     name = path.relative_to(ROOT.parent).as_posix()
     assert f"#   command    gvjax {verb} {name}" in head
     assert "#   hardware" in head

@@ -21,6 +21,7 @@ TASKS = {
     "plan": {},
     "plan H=1": {"write_content": False},
     "plan look-up": {"lookup": True},
+    "lengths": {},
     "name": {},
     "name H=2": {"horizon": 2},
     "countdown": {"count": 1500},

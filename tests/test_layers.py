@@ -67,7 +67,10 @@ DOORS = {
     # Two templates: what a model is shown, and what a reader is.
     "jinja2": {"data", "gap"},
     # Tables for people, each beside what it shows; progress where a run is watched.
-    "rich": {"data", "gap", "verify", "bench", "metrics", "__main__", "commands"},
+    "rich": {
+        *("data", "gap", "plan", "verify", "bench", "metrics"),
+        *("__main__", "commands"),
+    },
     # Converting weights of other libraries, which is what these packages are for.
     "safetensors": {"models"},
     "gguf": {"models"},

@@ -57,6 +57,11 @@ class RunConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _has_what_the_recipe_uses(self, info: pydantic.ValidationInfo) -> Self:
+        if "://" in self.run_dir:
+            raise ValueError(
+                f"run_dir is {self.run_dir}, but a run is written as files, and this would become a directory of that"
+                " name; mount the bucket and give the path of the mount"
+            )
         recipe = self.settings.recipe
         unused: Unused = []
         if recipe in ("reward", "best_of_n"):

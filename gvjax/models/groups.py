@@ -96,7 +96,9 @@ def group_logps_fn(
             axis=2,
         ).reshape(number * group, length, -1)
         tokens = jnp.pad(completions.reshape(number * group, length), ((0, 0), (1, 0)))
-        logps = transformer.logps_of_states(config, params, states, tokens, chunk_size)
+        logps = transformer.logps_of_states(
+            config, params, states, tokens, chunk_size, mesh=mesh
+        )
         return logps[:, 1:].reshape(completions.shape)
 
     return logps_fn

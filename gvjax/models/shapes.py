@@ -54,6 +54,11 @@ PYTHIA_1_4B = ModelConfig(
 )
 """https://huggingface.co/EleutherAI/pythia-1.4b"""
 
+PYTHIA_2_8B = dataclasses.replace(
+    PYTHIA_1_4B, embed_dim=2560, num_layers=32, num_heads=32, mlp_dim=10240
+)
+"""https://huggingface.co/EleutherAI/pythia-2.8b"""
+
 LLAMA_8B = ModelConfig(
     vocab_size=128256,
     embed_dim=4096,
@@ -74,6 +79,7 @@ SHAPES = MappingProxyType(
         "llama-30m": LLAMA_30M,
         "smollm2-135m": SMOLLM2_135M,
         "pythia-1.4b": PYTHIA_1_4B,
+        "pythia-2.8b": PYTHIA_2_8B,
         "llama-8b": LLAMA_8B,
     }
 )

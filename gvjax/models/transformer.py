@@ -636,7 +636,7 @@ def token_logps_fn(
             mesh=mesh,
             platform=platform,
         )
-        result = logps_of_states(config, params, states, tokens, chunk_size)
+        result = logps_of_states(config, params, states, tokens, chunk_size, mesh=mesh)
         if segments is None:
             return result
         starts = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
@@ -651,15 +651,31 @@ def logps_of_states(
     states: jax.Array,
     tokens: jax.Array,
     chunk_size: int | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
-    """`logps.chunked_token_logps` of hidden states under this model's unembedding and soft cap."""
-    return logps.chunked_token_logps(
-        states,
-        unembedding(config, params),
-        tokens,
+    """`logps.chunked_token_logps` of hidden states under this model's unembedding and soft cap.
+
+    On a mesh every shard of the batch walks through chunks of its own: chunks that were cut from the whole batch would
+    lie on a few devices each, and be gathered from them one after the other. The vocabulary stays with the compiler, which
+    splits it over `tensor`.
+    """
+    of_states = functools.partial(
+        logps.chunked_token_logps,
         chunk_size=chunk_size,
         logits_fn=lambda logits: _softcap(logits, config.logit_softcap),
     )
+    if mesh is not None and mesh.shape["data"] * mesh.shape["fsdp"] > 1:
+        rows = P(("data", "fsdp"))
+        of_states = jax.shard_map(
+            of_states,
+            mesh=mesh,
+            in_specs=(rows, P(), rows),
+            out_specs=rows,
+            axis_names={"data", "fsdp"},
+            check_vma=False,
+        )
+    return of_states(states, unembedding(config, params), tokens)
 
 
 # Decoding.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gvjax import config, optim, sampling, sharding, steps, tasks
-from gvjax.models import families, groups, heads, hf, lora, transformer
+from gvjax.models import families, groups, heads, hf, lora, shapes, transformer
 from gvjax.models.lora import LoraConfig
 from gvjax.models.transformer import ModelConfig
 from gvjax.recipes.dataset import Dataset
@@ -33,6 +33,9 @@ from gvjax.types import (
 
 Built = TypeVar("Built")
 
+
+KEY_SHAPE = jax.eval_shape(lambda: jax.random.key(0))
+"""What a random key is to a program that is lowered and not run."""
 
 WHOLE_VOCABULARY_RULES = (
     ("embed/embedding", P(None, "fsdp")),
@@ -186,18 +189,46 @@ class Ground:
             policy,
         )
 
+    def lower_init_policy(self) -> jax.stages.Lowered:
+        """The program of `init_policy` without a checkpoint, not yet compiled."""
+        return sharding.lower_init(
+            lambda key: transformer.init(key, self.model),
+            self.mesh,
+            self.rules,
+            KEY_SHAPE,
+        )
+
+    def lower_init_reward_model(self, *, zero_head: bool) -> jax.stages.Lowered:
+        """The program of `init_reward_model`, not yet compiled."""
+        return sharding.lower_init(
+            lambda key, policy: heads.init(key, self.model, policy, zero=zero_head),
+            self.mesh,
+            self.rules,
+            KEY_SHAPE,
+            self.policy_shapes(),
+        )
+
+    def trained_shapes(self) -> Params:
+        """What training a policy changes, as ShapeDtypeStructs on this mesh: see `init_trained`."""
+        if self.lora is None:
+            return self.policy_shapes()
+        made = transformer.init_shapes(self.model)
+        return self._abstract(
+            jax.eval_shape(lambda: lora.init(jax.random.key(0), made, self.lora))
+        )
+
     def policy_shapes(self) -> Params:
         """A policy's parameters as ShapeDtypeStructs on this mesh: what a restore aims at."""
         return self._abstract(transformer.init_shapes(self.model))
 
     def reward_model_shapes(self) -> Params:
         """A reward model's parameters as ShapeDtypeStructs on this mesh."""
-        shapes = jax.eval_shape(lambda: heads.init(jax.random.key(0), self.model))
-        return self._abstract(shapes)
+        made = jax.eval_shape(lambda: heads.init(jax.random.key(0), self.model))
+        return self._abstract(made)
 
-    def _abstract(self, shapes: Params) -> Params:
-        placed = sharding.shardings(self.mesh, shapes, self.rules)
-        return sharding.abstract(shapes, placed)
+    def _abstract(self, made: Params) -> Params:
+        placed = sharding.shardings(self.mesh, made, self.rules)
+        return sharding.abstract(made, placed)
 
     def compiler(
         self,
@@ -254,13 +285,35 @@ class CompiledTraining:
 
     def start(self, params: Params) -> TrainState:
         """The state at step 0; it shares no buffer with `params`."""
+        self._lay_out(params)
+        return self._start(params)
+
+    def state_shapes(self, params: Params) -> TrainState:
+        """The state that `start` would make, as ShapeDtypeStructs on the mesh."""
+        self._lay_out(params)
+        return sharding.abstract(jax.eval_shape(self._start, params), self._layout)
+
+    def lower_start(self, params: Params) -> jax.stages.Lowered:
+        """The program of `start` for ShapeDtypeStructs, not yet compiled."""
+        self._lay_out(params)
+        return self._start.lower(params)
+
+    def lower_step(
+        self, params: Params, batch: Any, base: Params | None = None
+    ) -> jax.stages.Lowered:
+        """The program of `step` for ShapeDtypeStructs, not yet compiled."""
+        state = self.state_shapes(params)
+        assert self._step is not None
+        return self._step.lower(state, batch, *(() if base is None else (base,)))
+
+    def _lay_out(self, params: Params) -> None:
+        """Decides where the state lives: known once the parameters' shapes are."""
         if self._layout is None:
-            shapes = jax.eval_shape(self._start, params)
+            state = jax.eval_shape(self._start, params)
             mesh, rules = self._ground.mesh, self._ground.rules
-            self._layout = sharding.shardings(mesh, shapes, rules)
+            self._layout = sharding.shardings(mesh, state, rules)
             self._start = jax.jit(self._start, out_shardings=self._layout)
             self._step = sharding.jit_step(self._plain_step, mesh, self._layout)
-        return self._start(params)
 
     def _plain_step(self, state: TrainState, batch: Any, *base: Params):
         logps_fn = self._ground.group_logps_fn(self._group_size)
@@ -343,14 +396,17 @@ def ground_of(
     model: dict[str, Any],
     mesh: config.MeshSection,
     adapters: config.LoraSection | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Ground:
     """The ground for a task.
 
     Args:
       task: gives the vocabulary and the lengths.
-      model: fields of ModelConfig without vocab_size; or `checkpoint` and the fields that say how it is run.
+      model: fields of ModelConfig without vocab_size, those of a network of `models.shapes` by its `shape`; or
+        `checkpoint` and the fields that say how it is run.
       mesh: sizes of the mesh axes.
       adapters: what is trained in place of the whole policy.
+      devices: of the mesh; all there are by default. Those of a topology description can be compiled for, not run on.
 
     Raises:
       ConfigError: a model field is unknown or impossible, the checkpoint is not one, or does not fit the task, or the
@@ -362,12 +418,14 @@ def ground_of(
         else _shape_of_fields(task, model)
     )
     try:
-        devices = sharding.make_mesh(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor)
+        placed = sharding.make_mesh(
+            data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices
+        )
         for name in ("num_heads", "kv_heads"):
-            sharding.check_tensor_size(devices, getattr(shape, name), f"model.{name}")
+            sharding.check_tensor_size(placed, getattr(shape, name), f"model.{name}")
         ground = Ground(
             model=shape,
-            mesh=devices,
+            mesh=placed,
             eos_id=task.eos_id,
             pad_id=task.pad_id,
             prompt_length=task.max_prompt_length,
@@ -383,8 +441,7 @@ def ground_of(
     try:
         chosen = LoraConfig(adapters.rank, adapters.alpha, adapters.targets)
         ground = dataclasses.replace(ground, lora=chosen)
-        shapes = transformer.init_shapes(ground.model)
-        jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, chosen))
+        ground.trained_shapes()
     except ValueError as error:
         raise config.ConfigError(f"lora: {error}") from None
     return ground
@@ -427,6 +484,9 @@ def _shape_of_fields(task: Task, model: dict[str, Any]) -> ModelConfig:
         raise config.ConfigError(
             f"model.vocab_size is given, but the task has {task.vocab_size} tokens; take it out of the config"
         )
+    if "shape" in model:
+        model = {**_named_shape(model["shape"]), **model}
+        del model["shape"]
     shape = config.dataclass_from(
         ModelConfig, {**model, "vocab_size": task.vocab_size}, "model"
     )
@@ -437,6 +497,16 @@ def _shape_of_fields(task: Task, model: dict[str, Any]) -> ModelConfig:
             f" tokens; use at least {length}"
         )
     return shape
+
+
+def _named_shape(name: Any) -> dict[str, Any]:
+    """The fields of a named network that differ from a ModelConfig's own."""
+    found = shapes.SHAPES[config.known(name, shapes.SHAPES, "model.shape")]
+    return {
+        field.name: getattr(found, field.name)
+        for field in dataclasses.fields(found)
+        if field.name != "vocab_size" and getattr(found, field.name) != field.default
+    }
 
 
 def cached(build: Callable[..., Built]) -> Callable[..., Built]:

@@ -41,6 +41,8 @@ def train(
         role_key(inputs.seed, "critic"), inputs.policy, zero_head=True
     )
     state = compiled.start({"policy": inputs.trained, "value": critic})
+    # The state has its own copy.
+    del critic
     plan = Sampling(
         "ppo",
         settings.prompts_per_step,

@@ -38,7 +38,6 @@ def train(
         inputs.policy,
         zero_head=settings.zero_head,
     )
-    state = compiled.start(params)
 
     def batch_at(round_: int):
         rows = rows_at(
@@ -77,6 +76,9 @@ def train(
     for side in (first.chosen, first.rejected):
         checks.check_endings(ground, side)
     checks.check_reward_padding(ground, settings.pooling, params, first.chosen)
+    state = compiled.start(params)
+    # The state has its own copy; on a full device another one would cost a smaller batch.
+    del params
     return loop.train(
         run,
         state,

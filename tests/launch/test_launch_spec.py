@@ -143,7 +143,7 @@ def test_program_is_filled_in():
     spec = spec_lib.JobSpec(**{**GKE, "argv": argv, "mesh": {"data": 4, "fsdp": -1}})
     assert spec.command == (
         *("python", "job", "out=gs://bucket/run/job"),
-        *("mesh=data=4,fsdp=64", "{other}"),
+        *("mesh={data: 4, fsdp: 64}", "{other}"),
     )
 
 
@@ -180,3 +180,14 @@ def test_yaml_round_trip():
 def test_bad_job_file(text, said):
     with pytest.raises(ValueError, match=said):
         spec_lib.from_mapping(spec_lib.read(text))
+
+
+def test_gvjax_takes_the_mesh_that_is_passed_on():
+    from gvjax import config
+
+    made = spec_lib.JobSpec(
+        **{**GKE, "argv": ("run", "mesh={mesh}"), "mesh": {"fsdp": -1}}
+    )
+    data: dict = {}
+    config.override(data, made.command[1])
+    assert config.MeshSection(**data["mesh"]) == config.MeshSection(fsdp=256)

@@ -1,0 +1,119 @@
+"""Plans every preset of configs/plan for every machine, and writes plan.json and plan.md beside this file.
+
+    python configs/results/make_plan.py              what is missing; it may be stopped and goes on where it was
+    python configs/results/make_plan.py --minutes 8  stops beginning new ones after so long
+    python configs/results/make_plan.py --only 8xh100
+
+Each is `gvjax plan PRESET --on MACHINE --only RECIPE --no-search --json`, compiled at O0: peaks are 6 to 11% higher than those of
+the compiler's whole pipeline. Needs the extras `plan` and `plan-gpu`, no accelerator, and a few core-minutes for each.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+MODELS = ("pythia-1.4b", "pythia-2.8b", "llama-8b")
+MACHINES = ("8xh100", "v5e-16", "v5e-64", "v5e-256", "v5p-64", "v6e-64")
+RECIPES = (("sft",), ("reward",), ("DPO",), ("online DPO", "RLOO"))
+"""What is compiled in one process: those of a group share programs."""
+GIB = 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--only", help="a machine")
+    parser.add_argument("--model", help="a preset")
+    asked = parser.parse_args()
+    kept = HERE / "plan.json"
+    plans = json.loads(kept.read_text()) if kept.exists() else {}
+    begun = time.monotonic()
+    for machine in MACHINES:
+        for model in MODELS:
+            name = f"{model} on {machine}"
+            if asked.only not in (None, machine) or asked.model not in (None, model):
+                continue
+            for recipes in RECIPES:
+                done = {each["stage"] for each in plans.get(name, {}).get("stages", [])}
+                if done >= set(recipes):
+                    continue
+                if time.monotonic() - begun > 60 * asked.minutes:
+                    return
+                found = planned(model, machine, recipes)
+                stages = plans.get(name, {}).get("stages", []) + found["stages"]
+                plans[name] = {**found, "stages": stages}
+                kept.write_text(json.dumps(plans, indent=1) + "\n")
+                (HERE / "plan.md").write_text(table(plans))
+                seconds = time.monotonic() - begun
+                print(f"{name}, {', '.join(recipes)}: {seconds:.0f} s", flush=True)
+
+
+def planned(model: str, machine: str, recipes: tuple[str, ...]) -> dict:
+    """What `gvjax plan` says, without what the table does not show."""
+    words = ["plan", f"configs/plan/{model}.yaml", "--on", machine]
+    words += [word for recipe in recipes for word in ("--only", recipe)]
+    done = subprocess.run(
+        [sys.executable, "-m", "gvjax", *words, "--no-search", "--json"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode not in (0, 3):
+        sys.exit(f"gvjax {' '.join(words)} left with {done.returncode}")
+    found = json.loads(done.stdout)
+    for stage in found["stages"]:
+        for row in stage["programs"]:
+            row["collectives"] = row["collectives"][:4]
+    return found
+
+
+def table(plans: dict) -> str:
+    recipes = [recipe for group in RECIPES for recipe in group]
+    lines = [
+        "# What fits where",
+        "",
+        "Peak GiB per device of each recipe's hungriest program, with all that lies in memory beside it, of what a program",
+        "may use; **bold** does not fit. Below it that program, and the time that no update can beat (arithmetic of the",
+        "config over the chip's data sheet; no step was run). 256 pairs or prompts an update, 512 + 128 tokens, float32",
+        "parameters and AdamW, bfloat16 compute, full remat, everything split over `fsdp`. `v5p-64` has 32 chips.",
+        "",
+        "Made by `python configs/results/make_plan.py`, at O0, with nothing but CPUs; see [plan.json](plan.json) for every",
+        "program's bytes, operations and collectives.",
+        "",
+        f"| model | on | usable | {' | '.join(recipes)} |",
+        f"|---|---|---|{'---|' * len(recipes)}",
+    ]
+    for model in MODELS:
+        for machine in MACHINES:
+            if (name := f"{model} on {machine}") not in plans:
+                continue
+            stages = {each["stage"]: each for each in plans[name]["stages"]}
+            cells = [
+                cell(stages[each]) if each in stages else "not compiled"
+                for each in recipes
+            ]
+            usable = next(iter(stages.values()))["usable"] / GIB
+            lines.append(
+                f"| {model} | {machine} | {usable:.2f} | {' | '.join(cells)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def cell(stage: dict) -> str:
+    """The peak, whose it is, and the least time of an update."""
+    peak = max(stage["programs"], key=lambda row: row["total"])
+    step = next(row for row in stage["programs"] if row["program"] == "train step")
+    value = f"{stage['peak'] / GIB:.2f}"
+    return (
+        f"{value if stage['fits'] else f'**{value}**'}<br>{peak['program']}"
+        f"<br>update ≥ {step['seconds_at_least']:.2g} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,526 @@
+"""What a recipe compiles: the very programs it runs, with the shapes it runs them on, and what lies beside them.
+
+A stage holds more in memory than the program that is running: the reference policy while the policy is updated, the
+optimizer while samples are drawn. `Stage.held` lists what lives as long as the stage; each program says which of it are
+its arguments, and the rest is added to its peak.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gvjax import config, sharding
+from gvjax.models import cost, lora
+from gvjax.recipes import (
+    dpo,
+    hypo,
+    online_dpo,
+    policy_gradient,
+    ppo,
+    rebel,
+    rejection,
+    reward,
+    sft,
+)
+from gvjax.recipes.ground import (
+    KEY_SHAPE,
+    CompiledTraining,
+    Ground,
+    in_parts,
+    reward_scorer,
+    sampler,
+    scorer,
+)
+from gvjax.types import Params, PreferenceBatch, Rollouts, SequenceBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one call must do at least, on each device: arithmetic on the config, never the compiler's estimate.
+
+    Attributes:
+      flops: operations that the mathematics needs; what is recomputed to save memory is not counted.
+      bytes: that must move between memory and chip.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted program of a recipe.
+
+    Attributes:
+      name: what it does.
+      key: equal for equal programs, so that recipes share compilations.
+      lower: lowers it for ShapeDtypeStructs on the mesh.
+      arguments: which of the stage's `held` are its arguments or its results.
+      early: it runs before there is a train state, so that neither its parameters nor the optimizer are there yet.
+      donates: bytes per device that it must hand on in place; 0 where it donates nothing.
+      cache: bytes per device of keys and values that it builds.
+      work: on each device.
+    """
+
+    name: str
+    key: Hashable
+    lower: Callable[[], jax.stages.Lowered]
+    arguments: tuple[str, ...] = ()
+    early: bool = False
+    donates: int = 0
+    cache: int = 0
+    work: Work = Work()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One recipe, or one thing that a study does once.
+
+    Attributes:
+      name: for people.
+      held: bytes per device of what stays in memory, by name.
+      programs: in the order in which they first run.
+      batch: the field that says how many rows an update takes, with its value; None where nothing is trained.
+    """
+
+    name: str
+    held: dict[str, int]
+    programs: tuple[Program, ...]
+    batch: tuple[str, int] | None = None
+
+    def beside(self, program: Program) -> int:
+        """Bytes per device of what lies in memory while a program runs and is not among its arguments."""
+        away = {*program.arguments, *(_STATE if program.early else ())}
+        return sum(size for name, size in self.held.items() if name not in away)
+
+
+_STATE = ("params", "optimizer")
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that each device holds of a tree of ShapeDtypeStructs with shardings."""
+
+    def held(leaf: jax.ShapeDtypeStruct) -> int:
+        shape = leaf.shape
+        if leaf.sharding is not None:
+            shape = leaf.sharding.shard_shape(shape)
+        size = leaf.dtype.itemsize
+        for side in shape:
+            size *= side
+        return size
+
+    return sum(map(held, jax.tree.leaves(tree)))
+
+
+def stage_of(
+    name: str,
+    section: config.Recipe,
+    ground: Ground,
+    *,
+    pairs: config.PairsSection | None,
+    evaluated: int,
+    select: str = "last",
+    pooling: str = "sum",
+) -> Stage:
+    """What a recipe holds and compiles.
+
+    Args:
+      name: for people.
+      section: its settings.
+      ground: network, mesh and lengths.
+      pairs: the preference data that is sampled first; None where it comes from elsewhere or is not used.
+      evaluated: prompts that the policy is judged on; 0: none.
+      select: `best` keeps a second copy of the policy.
+      pooling: of the reward model that scores.
+    """
+    parts = _Parts(ground, pooling)
+    programs = list(parts.sampled_pairs(pairs)) if pairs is not None else []
+    held = {"reference": bytes_per_device(parts.policy)}
+    match section:
+        case config.SftSection():
+            compiled, _ = sft.program(ground, section)
+            batch: Any = parts.sequences(section.batch_size)
+            work = parts.training(section.batch_size)
+            programs = [] if ground.checkpoint is not None else [parts.init_policy()]
+            if ground.lora is None:
+                held = {}
+            training = parts.train(compiled, parts.trained, batch, work)
+        case config.RewardSection():
+            compiled, _ = reward.program(ground, section)
+            batch = parts.pairs(section.batch_size, reference=True)
+            work = parts.training(2 * section.batch_size, scored=False)
+            programs.append(parts.init_reward_model(section.zero_head))
+            training = parts.train(
+                compiled, parts.reward_model, batch, work, source=(), base=False
+            )
+            pairs_read = pairs.heldout if pairs is not None else evaluated
+            programs += [*training, parts.reward_scoring(parts.part(pairs_read))]
+            return parts.stage(name, held, parts.reward_model, programs, section)
+        case config.DpoSection():
+            compiled, _ = dpo.program(ground, section)
+            batch = parts.pairs(section.batch_size, reference=True)
+            work = parts.training(2 * section.batch_size)
+            training = parts.train(compiled, parts.trained, batch, work)
+        case config.HypoSection():
+            compiled, _ = hypo.program(ground, section)
+            fresh = section.on_policy_prompts
+            batch = (
+                parts.pairs(section.batch_size, reference=True),
+                parts.sequences(fresh),
+                parts.row(fresh),
+            )
+            work = parts.training(2 * section.batch_size + fresh)
+            programs += [parts.sampling(fresh, 1), parts.scoring(fresh)]
+            training = parts.train(compiled, parts.trained, batch, work)
+        case config.OnlineDpoSection():
+            compiled, _, pair_up, add_ref = online_dpo.program(ground, section)
+            samples = section.samples_per_prompt
+            rows = section.prompts_per_step * samples
+            rollouts = parts.rollouts(rows)
+            unreferenced = parts.made(pair_up, rollouts)
+            batch = parts.made(add_ref, parts.policy, unreferenced)
+            learned = 2 * len(batch.chosen.tokens)
+            work = parts.training(learned)
+            programs += [
+                parts.sampling(section.prompts_per_step, samples),
+                *parts.judging(section.rewards, rows, held),
+                parts.program("pair up", pair_up, rollouts),
+                parts.program(
+                    *("reference scoring", add_ref, parts.policy, unreferenced),
+                    arguments=("reference",),
+                    work=parts.forward(learned),
+                ),
+            ]
+            training = parts.train(compiled, parts.trained, batch, work)
+        case config.PolicyGradientSection() | config.PpoSection():
+            by_ppo = isinstance(section, config.PpoSection)
+            compiled, _, prepare = (ppo if by_ppo else policy_gradient).program(
+                ground, section
+            )
+            rows = section.prompts_per_step * section.samples_per_prompt
+            programs += [
+                parts.sampling(section.prompts_per_step, section.samples_per_prompt),
+                *parts.judging(section.rewards, rows, held),
+                parts.scoring(rows, arguments=("reference",)),
+            ]
+            rollouts, ref_logps = parts.rollouts(rows), parts.columns(rows)
+            if by_ppo:
+                trained = {"policy": parts.trained, "value": parts.reward_model}
+                programs.insert(0, parts.init_reward_model(True))
+                state = compiled.state_shapes(trained)
+                prepared = (state.params["value"], rollouts, ref_logps)
+                read: tuple[str, ...] = ("params",)
+            else:
+                trained, prepared, read = parts.trained, (rollouts, ref_logps), ()
+            batch, _ = parts.made(prepare, *prepared)
+            work = parts.training(rows)
+            if by_ppo:
+                critic = parts.training(rows, scored=False)
+                work = Work(work.flops + critic.flops, work.bytes + critic.bytes)
+            programs.append(
+                parts.program("advantages", prepare, *prepared, arguments=read)
+            )
+            training = parts.train(compiled, trained, batch, work)
+            policy = trained
+            return parts.stage(
+                *(name, held, policy, [*programs, *training], section),
+                best=select == "best",
+                evaluated=evaluated,
+            )
+        case config.RebelSection():
+            compiled, _, prepare = rebel.program(ground, section)
+            rows = 2 * section.prompts_per_step
+            rollouts, ref_logps = parts.rollouts(rows), parts.columns(rows)
+            batch, _ = parts.made(prepare, rollouts, ref_logps)
+            programs += [
+                parts.sampling(section.prompts_per_step, 2),
+                *parts.judging(section.rewards, rows, held),
+                parts.scoring(rows, arguments=("reference",)),
+                parts.program("pair up", prepare, rollouts, ref_logps),
+            ]
+            work = parts.training(rows)
+            training = parts.train(compiled, parts.trained, batch, work)
+        case config.RejectionSection():
+            compiled, _ = rejection.program(ground, section)
+            rows = parts.part(ground.rows_per_call // section.n * section.n)
+            batch = parts.sequences(section.batch_size)
+            programs += [
+                parts.sampling(rows // section.n, section.n),
+                *parts.judging(section.rewards, rows, held),
+            ]
+            work = parts.training(section.batch_size)
+            training = parts.train(compiled, parts.trained, batch, work)
+        case config.BestOfNSection():
+            prompts = parts.part(ground.rows_per_call // section.n)
+            sampling = parts.sampling(prompts, section.n, arguments=("reference",))
+            judging = parts.judging(section.rewards, prompts * section.n, held)
+            return Stage(name, held, (*programs, sampling, *judging))
+        case _:
+            raise TypeError(f"no rule for what {type(section).__name__} compiles")
+    return parts.stage(
+        *(name, held, parts.trained, [*programs, *training], section),
+        best=select == "best",
+        evaluated=evaluated,
+    )
+
+
+class _Parts:
+    """The shapes and programs that recipes share, on one ground."""
+
+    def __init__(self, ground: Ground, pooling: str):
+        self._ground = ground
+        self._pooling: Any = pooling
+        self._split = sharding.batch_sharding(ground.mesh)
+        self._length = ground.prompt_length + ground.completion_length
+        self.policy: Params = ground.policy_shapes()
+        self.trained: Params = ground.trained_shapes()
+        self._base = self.policy if ground.lora is not None else None
+        self.reward_model: Params = ground.reward_model_shapes()
+
+    # Shapes.
+
+    def _rows(self, *shape: int, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._split)
+
+    def row(self, rows: int) -> Any:
+        return self._rows(rows, dtype=jnp.float32)
+
+    def columns(self, rows: int) -> Any:
+        return self._rows(rows, self._length, dtype=jnp.float32)
+
+    def sequences(self, rows: int) -> SequenceBatch:
+        return SequenceBatch(
+            self._rows(rows, self._length, dtype=jnp.int32),
+            self._rows(rows, self._length, dtype=jnp.bool_),
+        )
+
+    def pairs(self, rows: int, *, reference: bool) -> PreferenceBatch:
+        ref_logps = self.row(rows) if reference else None
+        sequences = self.sequences(rows)
+        return PreferenceBatch(sequences, sequences, ref_logps, ref_logps)
+
+    def rollouts(self, rows: int) -> Rollouts:
+        sequences = self.sequences(rows)
+        return Rollouts(
+            sequences.tokens,
+            sequences.completion_mask,
+            self.columns(rows),
+            rewards=self.row(rows),
+        )
+
+    def made(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a program makes of shapes, put where a step wants it."""
+        whole = NamedSharding(self._ground.mesh, P())
+
+        def placed(leaf):
+            where = self._split if leaf.ndim else whole
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+        return jax.tree.map(placed, jax.eval_shape(function, *arguments))
+
+    def part(self, rows: int) -> int:
+        """Rows of one call when so many are walked through in parts."""
+        return len(in_parts(self._ground, rows, self._ground.rows_per_call)[0])
+
+    # Arithmetic.
+
+    def _work(self, flops: float, data: float) -> Work:
+        """Both are split over all devices, except that every data shard reads its own copy of the matrices."""
+        return Work(flops / self._ground.mesh.size, data)
+
+    def _matrices(self) -> float:
+        """Bytes of the network's matrices that one pass reads on each device."""
+        model = self._ground.model
+        numbers = cost.body_params(model) + cost.head_params(model)
+        return numbers * cost.ITEMSIZE[model.dtype] / self._ground.mesh.shape["tensor"]
+
+    def forward(self, rows: int, *, scored: bool = True) -> Work:
+        flops = rows * cost.forward_flops(
+            self._ground.model, self._length, scored=None if scored else 0
+        )
+        return self._work(flops, self._matrices())
+
+    def training(self, rows: int, *, scored: bool = True) -> Work:
+        one = self.forward(rows, scored=scored)
+        return Work(
+            cost.TRAINING * one.flops,
+            cost.TRAINING * one.bytes + 7 * bytes_per_device(self.policy),
+        )
+
+    # Programs.
+
+    def program(
+        self, name: str, function: Callable[..., Any], *arguments: Any, **more: Any
+    ) -> Program:
+        """A jitted function on shapes."""
+        made_of = tuple(
+            (leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(arguments)
+        )
+        held: tuple[str, ...] = more.pop("arguments", ())
+        lower: Any = function
+        return Program(
+            name,
+            ("call", id(function), made_of),
+            lambda: lower.lower(*arguments),
+            arguments=held,
+            **more,
+        )
+
+    def init_policy(self) -> Program:
+        ground = self._ground
+        return Program(
+            "init", ("init", id(ground)), ground.lower_init_policy, early=True
+        )
+
+    def init_reward_model(self, zero_head: bool) -> Program:
+        ground = self._ground
+        return Program(
+            "init reward model",
+            ("init reward model", id(ground), zero_head),
+            lambda: ground.lower_init_reward_model(zero_head=zero_head),
+            arguments=("reference",),
+            early=True,
+        )
+
+    def train(
+        self,
+        compiled: CompiledTraining,
+        params: Params,
+        batch: Any,
+        work: Work,
+        *,
+        source: tuple[str, ...] = ("reference",),
+        base: bool = True,
+    ) -> list[Program]:
+        """The making of the first state from `source`, or from what is let go of then, and the update.
+
+        Where adapters are trained (and `base` says that it is a policy that is), the update reads the frozen weights.
+        """
+        state = compiled.state_shapes(params)
+        frozen = self._base if base else None
+        read = () if frozen is None else ("reference",)
+        return [
+            Program(
+                "start",
+                ("start", id(self._ground), str(jax.tree.structure(state))),
+                lambda: compiled.lower_start(params),
+                arguments=(*_STATE, *(source if frozen is None else ())),
+            ),
+            Program(
+                "train step",
+                ("step", id(compiled)),
+                lambda: compiled.lower_step(params, batch, frozen),
+                arguments=(*_STATE, *read),
+                donates=bytes_per_device(state),
+                work=work,
+            ),
+        ]
+
+    def sampling(
+        self,
+        prompts: int,
+        samples: int,
+        arguments: tuple[str, ...] = ("params",),
+        *,
+        early: bool = False,
+    ) -> Program:
+        """Prefill and decoding, one program."""
+        ground = self._ground
+        model, mesh = ground.model, ground.mesh
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        rows = prompts * samples
+        flops = prompts * cost.grouped_flops(
+            model, ground.prompt_length, ground.completion_length, samples
+        )
+        average = ground.prompt_length + ground.completion_length / 2
+        step = cost.decode_bytes(model, -(-rows // shards), average)
+        data = ground.completion_length * step / mesh.shape["tensor"]
+        split = mesh.shape["tensor"]
+        cache = -(-rows // shards) * self._length * cost.cache_bytes(model) // split
+        ids = self._rows(prompts, dtype=jnp.int32)
+        policy = self.policy
+        if self._base is not None and "params" in arguments:
+            policy = lora.adapted(self._base, self.trained)
+            arguments = (*arguments, "reference")
+        return self.program(
+            f"sample {prompts} x {samples}",
+            sampler(ground, samples),
+            policy,
+            self._rows(prompts, ground.prompt_length, dtype=jnp.int32),
+            *(ids, KEY_SHAPE, ids),
+            arguments=arguments,
+            early=early,
+            cache=cache,
+            work=self._work(flops, data),
+        )
+
+    def scoring(
+        self, rows: int, arguments: tuple[str, ...] = ("reference",)
+    ) -> Program:
+        return self.program(
+            f"score {rows}",
+            scorer(self._ground),
+            self.policy,
+            self.sequences(rows),
+            arguments=arguments,
+            work=self.forward(rows),
+        )
+
+    def reward_scoring(
+        self, rows: int, arguments: tuple[str, ...] = ("params",)
+    ) -> Program:
+        sequences = self.sequences(rows)
+        return self.program(
+            f"reward scoring {rows}",
+            reward_scorer(self._ground, self._pooling),
+            self.reward_model,
+            sequences.tokens,
+            sequences.completion_mask,
+            arguments=arguments,
+            work=self.forward(rows, scored=False),
+        )
+
+    def judging(
+        self, rewards: config.RewardSources, rows: int, held: dict[str, int]
+    ) -> list[Program]:
+        """Scoring by the reward model, which is held from then on; a verifier in Python compiles nothing."""
+        if not rewards.reward_model:
+            return []
+        held["reward model"] = bytes_per_device(self.reward_model)
+        return [self.reward_scoring(rows, arguments=("reward model",))]
+
+    def sampled_pairs(self, pairs: config.PairsSection) -> list[Program]:
+        half = self._ground.rows_per_call // 2
+        prompts = len(in_parts(self._ground, pairs.count, half)[0])
+        return [self.sampling(prompts, 2, arguments=("reference",), early=True)]
+
+    def stage(
+        self,
+        name: str,
+        held: dict[str, int],
+        trained: Params,
+        programs: list[Program],
+        section: config.Recipe,
+        *,
+        best: bool = False,
+        evaluated: int = 0,
+    ) -> Stage:
+        """A stage that trains: what it holds in the end, and the judging of its policy."""
+        params = bytes_per_device(trained)
+        step = next(each for each in programs if each.name == "train step")
+        held = {"params": params, "optimizer": step.donates - params, **held}
+        if best:
+            held["best policy"] = bytes_per_device(self.policy)
+        if evaluated and section.recipe != "sft":
+            rows = self.part(evaluated)
+            programs = [*programs, self.sampling(rows, 1), self.scoring(rows)]
+        field = "batch_size" if hasattr(section, "batch_size") else "prompts_per_step"
+        # What is judged with may be what was sampled or scored with before.
+        once = {(each.key, each.arguments, each.early): each for each in programs}
+        batch = (field, getattr(section, field))
+        return Stage(name, held, tuple(once.values()), batch)

@@ -1,0 +1,205 @@
+"""Programs really compiled for machines that are not there: TPUs where libtpu is installed, GPUs where JAX's CUDA plugin is.
+
+The golden peaks are those of libtpu 0.0.42.1 at O0; another version may need other ones:
+`python -m gvjax plan tests/plan/tiny.yaml --on v5e-4 --json` prints them.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from gvjax.plan import command
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = "tests/plan/tiny.yaml"
+VOCABULARY, WIDTH = 768, 256
+
+PEAKS = {
+    "sample 64 x 2": 22_122_496,
+    "start": 6_839_296,
+    "train step": 60_030_464,
+    "sample 64 x 1": 21_282_304,
+    "score 64": 17_029_120,
+}
+"""Bytes per device on v5e-4."""
+
+
+def is_there(module):
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+needs_tpu = pytest.mark.skipif(
+    not is_there("libtpu"), reason="libtpu is not installed: gvjax[plan]"
+)
+needs_gpu = pytest.mark.skipif(
+    not is_there("jax_plugins.xla_cuda12"),
+    reason="JAX's CUDA plugin is not installed: gvjax[plan-gpu]",
+)
+
+
+def planned(*words, config=TINY):
+    """(exit code, JSON) of `gvjax plan`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gvjax", "plan", str(config), *words, "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def programs_of(plan):
+    (stage,) = plan["stages"]
+    return {row["program"]: row for row in stage["programs"]}
+
+
+def no_logits_are_gathered(plan):
+    """Nobody gets the whole vocabulary of more rows than the matrix has that makes it."""
+    for name, row in programs_of(plan).items():
+        for each in row["collectives"]:
+            if each["kind"] != "all-gather":
+                continue
+            shape = [int(n) for n in re.findall(r"\d+", each["largest"].split("[")[1])]
+            assert shape[-1:] != [VOCABULARY] or shape[0] <= WIDTH, (name, each)
+
+
+@pytest.fixture(scope="module")
+def tpu():
+    code, plan = planned("--on", "v5e-4")
+    assert code == command.FITS
+    return plan
+
+
+@needs_tpu
+@pytest.mark.slow
+class TestTpu:
+    def test_it_fits_with_room(self, tpu):
+        (stage,) = tpu["stages"]
+        assert tpu["fits"]
+        assert stage["headroom"] == stage["usable"] - stage["peak"] > 0
+        assert set(programs_of(tpu)) == set(PEAKS)
+
+    @pytest.mark.parametrize("program", PEAKS)
+    def test_peaks_are_those_known(self, tpu, program):
+        found = programs_of(tpu)[program]["peak"]
+        assert found == pytest.approx(PEAKS[program], rel=0.05)
+
+    def test_no_logits_are_gathered(self, tpu):
+        no_logits_are_gathered(tpu)
+
+    def test_attention_is_splash(self, tpu):
+        rows = programs_of(tpu)
+        # Forward, its repetition for the gradient, and two backward kernels, in one scanned layer.
+        assert rows["train step"]["kernels"] == {"tpu_custom_call": 4}
+        assert rows["score 64"]["kernels"] == {"tpu_custom_call": 1}
+        # Prefill, in each of the two layers.
+        assert rows["sample 64 x 2"]["kernels"] == {"tpu_custom_call": 2}
+
+    def test_donation_is_complete(self, tpu):
+        step = programs_of(tpu)["train step"]
+        # Vectors are padded to the chip's tiles, so a little more than the state's bytes.
+        assert step["donated"] <= step["aliased"] <= 1.01 * step["donated"]
+
+    def test_collectives_are_named_by_axis(self, tpu):
+        step = programs_of(tpu)["train step"]["collectives"]
+        found = {(each["kind"], each["axes"]): each for each in step}
+        # Seven matrices in each of two layers, there and back, and embedding and unembedding.
+        assert found["all-gather", "fsdp"]["count"] == 2 * 2 * 7 + 2
+        assert ("all-reduce", "tensor") in found
+        assert {"all-reduce", "reduce-scatter"} & {k for k, a in found if a == "fsdp"}
+
+
+@needs_tpu
+@pytest.mark.slow
+def test_what_does_not_fit_is_told_by_the_exit_code(tmp_path):
+    """19 GB of state on a chip of 15.75: the compiler refuses the update, and the plan goes on."""
+    config = tmp_path / "large.yaml"
+    config.write_text(
+        "run_dir: runs/large\n"
+        "task: {name: lengths, options: {prompt_length: 8, completion_length: 8}}\n"
+        "model: {embed_dim: 256, num_layers: 8, num_heads: 2, mlp_dim: 262144, scan_layers: true}\n"
+        "settings: {recipe: sft, batch_size: 1}\n"
+    )
+    code, plan = planned("--on", "v5e-1", "--no-search", config=config)
+    assert code == command.TOO_LARGE
+    step = programs_of(plan)["train step"]
+    assert step["refused"]
+    assert step["peak"] > plan["stages"][0]["usable"]
+
+
+@needs_tpu
+def test_slices_are_joined_over_data():
+    """jax.make_mesh refuses several slices; data, or fsdp, spans them and tensor does not."""
+    script = (
+        "from gvjax import sharding\n"
+        "from gvjax.plan import compiling, targets\n"
+        "devices = compiling.devices(targets.target('v5e-4', 2))\n"
+        "for sizes in ({'data': 2, 'fsdp': 2, 'tensor': 2}, {'data': 1, 'fsdp': 8}):\n"
+        "    mesh = sharding.make_mesh(**sizes, devices=devices).devices\n"
+        "    of = [[d.slice_index for d in row.flat] for row in mesh.reshape(2, 4)]\n"
+        "    assert of == [[0] * 4, [1] * 4], of\n"
+        "try:\n"
+        "    sharding.make_mesh(data=1, tensor=8, devices=devices)\n"
+        "except ValueError as error:\n"
+        "    assert 'stays inside a slice' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError('tensor spans slices')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **command.ENVIRONMENT},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@needs_gpu
+@pytest.mark.slow
+def test_on_gpus_attention_is_cudnn_and_no_logits_are_gathered():
+    code, plan = planned("--on", "4xh100")
+    assert code == command.FITS
+    no_logits_are_gathered(plan)
+    kernels = programs_of(plan)["train step"]["kernels"]
+    assert any(name.startswith("__cudnn$fmha") for name in kernels), kernels
+    step = programs_of(plan)["train step"]
+    assert step["donated"] <= step["aliased"] <= 1.01 * step["donated"]
+
+
+@pytest.mark.skipif(is_there("libtpu"), reason="libtpu is installed")
+def test_without_the_compiler_the_extra_is_named():
+    done = subprocess.run(
+        [sys.executable, "-m", "gvjax", "plan", TINY, "--on", "v5e-4"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == command.CONFIG_ERROR
+    assert "pip install 'gvjax[plan]'" in done.stderr
+
+
+@pytest.mark.skipif(is_there("jax_plugins.xla_cuda12"), reason="the plugin is there")
+def test_without_the_cuda_plugin_the_extra_is_named():
+    done = subprocess.run(
+        [sys.executable, "-m", "gvjax", "plan", TINY, "--on", "4xh100"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == command.CONFIG_ERROR
+    assert "pip install 'gvjax[plan-gpu]'" in done.stderr

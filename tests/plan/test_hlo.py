@@ -1,0 +1,83 @@
+"""What is read out of compiled programs, on texts of the forms that XLA writes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gvjax import sharding
+from gvjax.plan import hlo
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def text(groups, kind="all-gather", shape="f32[4,8]{1,0}", suffix=""):
+    return f"""\
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %c.1 = {shape} {kind}{suffix}(%x), channel_id=1, replica_groups={groups}, dimensions={{0}}
+}}
+%condition.1 (p: (s32[], f32[8])) -> pred[] {{
+  %n = s32[]{{:T(128)}} constant(24)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}}
+ENTRY %main (a: f32[8]) -> f32[8] {{
+  %w = (s32[], f32[8]) while(%t), condition=%condition.1, body=%body.1, metadata={{}}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", "tensor"),
+        ("{{0,4},{1,5},{2,6},{3,7}}", "data"),
+        ("[4,2]<=[8]", "tensor"),
+        ("[4,2]<=[2,2,2]T(0,2,1)", "fsdp"),
+        ("[2,4]<=[8]", "fsdp x tensor"),
+        ("{}", "data x fsdp x tensor"),
+        ("mesh['a'=2,'b'=4] {'a'}", "data"),
+        ("mesh['a'=4,'b'=2], device_ids=([8]) {'b'}", "tensor"),
+        ("mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}", "data x tensor"),
+        ("{{0,1,2},{3,4,5},{6,7}}", "part of data x fsdp x tensor"),
+    ],
+)
+def test_groups_are_named_by_mesh_axes(groups, axes):
+    (found,) = hlo.collectives(text(groups), MESH)
+    assert (found.kind, found.axes) == ("all-gather", axes)
+
+
+def test_loops_count_as_often_as_they_run():
+    (found,) = hlo.collectives(text("[4,2]<=[8]"), MESH)
+    assert (found.count, found.bytes) == (24, 24 * 4 * 8 * 4)
+    assert found.largest == "f32[4,8]"
+
+
+def test_an_asynchronous_start_counts_what_arrives():
+    pair = text("[4,2]<=[8]", shape="(f32[2,8]{1,0}, f32[4,8]{1,0})", suffix="-start")
+    (found,) = hlo.collectives(pair, MESH)
+    assert found.bytes == 24 * 4 * 8 * 4
+    combined = text("[4,2]<=[8]", shape="(bf16[2,8]{1,0}, f32[4,8]{1,0})")
+    (found,) = hlo.collectives(combined, MESH)
+    assert found.bytes == 24 * (2 * 8 * 2 + 4 * 8 * 4)
+
+
+def test_one_device_groups_move_nothing():
+    assert hlo.collectives(text("{{0},{1},{2},{3}}"), MESH) == []
+
+
+def test_a_program_compiled_here():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=jax.devices()[:8])
+    split = NamedSharding(mesh, P(None, "tensor"))
+    whole = NamedSharding(mesh, P())
+    compiled = (
+        jax.jit(lambda x: x * 2, out_shardings=whole)
+        .lower(jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=split))
+        .compile()
+    )
+    (found,) = hlo.collectives(compiled.as_text(), dict(mesh.shape))
+    assert (found.kind, found.axes, found.bytes) == (
+        "all-gather",
+        "tensor",
+        16 * 32 * 4,
+    )

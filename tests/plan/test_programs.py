@@ -1,0 +1,158 @@
+"""The plan of a recipe against the recipe itself: what is planned must be what runs."""
+
+import pathlib
+
+import jax
+import pytest
+
+from gvjax import config
+from gvjax.plan import fitting, programs
+from gvjax.plan.compiling import Compiled
+from gvjax.recipes import single
+from gvjax.recipes.ground import ground_of, task_of
+
+ROOT = pathlib.Path(__file__).parents[2]
+STUDY = config.load(ROOT / "configs" / "smoke.yaml", [])
+
+
+@pytest.fixture(scope="module")
+def ground():
+    return ground_of(
+        task_of(STUDY.task, 0),
+        STUDY.model,
+        config.MeshSection(),
+        devices=jax.devices()[:1],
+    )
+
+
+def test_a_study_is_planned_recipe_by_recipe(ground):
+    parts = fitting.parts_of(STUDY)
+    assert [part.name for part in parts[:2]] == ["sft", "reward"]
+    assert [part.name for part in parts[2:]] == list(STUDY.arms)
+    for part in parts:
+        assert part.stage(ground).programs
+
+
+@pytest.mark.parametrize("recipe", [*single.TRAIN, "sft", "reward", "best_of_n"])
+def test_every_recipe_has_a_plan_whose_programs_compile(ground, recipe):
+    small = {
+        "steps": 2,
+        "batch_size": 4,
+        "prompts_per_step": 4,
+        "samples_per_prompt": 2,
+        "on_policy_prompts": 4,
+        "n": 4,
+    }
+    kind = {
+        section.model_fields["recipe"].default: section
+        for section in config.Recipe.__subclasses__()
+    }[recipe]
+    given = {name: size for name, size in small.items() if name in kind.model_fields}
+    section = kind(**given)
+    stage = programs.stage_of(
+        recipe, section, ground, pairs=None, evaluated=4, select="best"
+    )
+    names = [program.name for program in stage.programs]
+    assert len(set(names)) == len(names)
+    if recipe == "best_of_n":
+        assert stage.batch is None
+        return
+    assert "train step" in names
+    policy = programs.bytes_per_device(ground.policy_shapes())
+    scorer = programs.bytes_per_device(ground.reward_model_shapes())
+    trained = {"ppo": policy + scorer, "reward": scorer}.get(recipe, policy)
+    assert stage.held["params"] == trained
+    # AdamW's two moments, and a few counters.
+    assert 0 <= stage.held["optimizer"] - 2 * trained < 100
+    for program in stage.programs:
+        lowered = program.lower()
+        assert lowered.as_text()
+
+
+def test_adapters_are_planned_beside_one_frozen_policy(ground):
+    adapters = config.LoraSection(rank=2)
+    made = ground_of(
+        task_of(STUDY.task, 0),
+        STUDY.model,
+        config.MeshSection(),
+        adapters,
+        jax.devices()[:1],
+    )
+    section = config.DpoSection(batch_size=4)
+    stage = programs.stage_of("dpo", section, made, pairs=None, evaluated=4)
+    policy = programs.bytes_per_device(made.policy_shapes())
+    assert stage.held["reference"] == policy > stage.held["params"]
+    for program in stage.programs:
+        assert program.lower().as_text()
+        if program.name in ("train step", "sample 4 x 1"):
+            assert {"params", "reference"} <= set(program.arguments)
+
+
+def test_what_lies_beside_a_program(ground):
+    section = config.OnlineDpoSection(prompts_per_step=4, samples_per_prompt=2)
+    stage = programs.stage_of("o", section, ground, pairs=None, evaluated=4)
+    by_name = {program.name: program for program in stage.programs}
+    assert set(stage.held) == {"params", "optimizer", "reference", "reward model"}
+    beside_step = stage.beside(by_name["train step"])
+    assert beside_step == stage.held["reference"] + stage.held["reward model"]
+    sample = by_name["sample 4 x 2"]
+    assert sample.cache > 0
+    total = sum(stage.held.values())
+    assert stage.beside(sample) == total - stage.held["params"]
+
+
+def test_a_tensor_axis_over_hosts_is_refused():
+    from gvjax.plan import targets
+
+    mesh = config.MeshSection(data=1, fsdp=-1, tensor=16)
+    with pytest.raises(config.ConfigError, match="beyond a host"):
+        fitting.check_mesh(mesh, targets.target("h100-32"))
+    fitting.check_mesh(mesh, targets.target("v5e-16"))
+
+
+class FakePart:
+    """A recipe whose stages are named by what was changed about them."""
+
+    section = config.DpoSection(batch_size=64)
+
+    def stage(self, ground, **changes):
+        made = {"batch_size": 64, "num_microbatches": 1, **changes}
+        name = f"{made['batch_size']} {made['num_microbatches']} {ground.model.remat}"
+        return programs.Stage(name, {}, (), ("batch_size", made["batch_size"]))
+
+
+@pytest.fixture
+def gib_a_row(monkeypatch):
+    """A GiB for every row of a micro-batch, half of it with remat, of 16."""
+
+    def planned(stage, compiler, target):
+        rows, slices, remat = stage.name.split()
+        peak = int(rows) * 2**30 // int(slices) // (2 if remat == "full" else 1)
+        row = fitting.Row(None, Compiled(peak), 0)
+        return fitting.Planned(stage, (row,), 16 * 2**30)
+
+    monkeypatch.setattr(fitting, "_planned", planned)
+
+
+def test_the_largest_batch_is_found_by_bisection(ground, gib_a_row):
+    assert fitting._largest_batch(FakePart(), ground, None, None) == ("batch_size", 16)
+
+
+def test_what_would_fit(ground, gib_a_row):
+    def on(model, mesh):
+        return ground_of(
+            task_of(STUDY.task, 0),
+            model,
+            config.MeshSection(),
+            devices=jax.devices()[:1],
+        ), None
+
+    found = fitting._remedies(FakePart(), STUDY, None, ground, None, on)
+    # Half of 64 GiB is too much still; in two slices it is 16.
+    expected = "model.remat=full num_microbatches=2"
+    assert list(found) == [(expected, 16 * 2**30)]
+
+
+def test_a_refused_program_does_not_fit():
+    row = fitting.Row(None, Compiled(1, refused=True), 0)
+    assert not fitting.Planned(programs.Stage("s", {}, ()), (row,), 2.0).fits
