@@ -77,7 +77,8 @@ def make_sources(
 
         made["reward_model"] = Source(learned)
     if sources.verifier is not None:
-        section, error_share = sources.verifier, None
+        section = sources.verifier
+        error_share: Callable[[], float] | None = None
         verify: Callable = task.reward
         if section.path != "gold":
             verifier = _make_verifier(section)

@@ -1,6 +1,7 @@
 """One round of the online road: take prompts, sample completions, score them."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +70,7 @@ class Sampler:
             }
             rewards = summed(parts.values())
             made.append(rewards)
-        numbers: Metrics = {}
+        numbers: dict[str, Any] = {}
         for name, part in parts.items():
             numbers[f"rewards/{name}/mean"] = part.mean()
             numbers[f"rewards/{name}/std"] = part.std(ddof=int(len(part) > 1))

@@ -464,7 +464,7 @@ def test_without_jit_it_is_the_same_even_on_numpy_batches(case):
     assert_same(run(case), jax.tree.map(np.asarray, (state.params, metrics)))
 
 
-@every_step
+@every_kind
 def test_bfloat16_params_still_have_float32_losses(case):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), case.params)
     updated, metrics = run(case, params=params)
