@@ -33,6 +33,7 @@ from gvjax.recipes.evaluation import evaluate_margins
 from gvjax.recipes.ground import role_rng
 from gvjax.recipes.loop import NonFiniteError, PreemptedError
 from gvjax.recipes.pairs import implicit_margins
+from gvjax.tasks.task import Split
 
 EXPECTED = (
     BusyError,
@@ -258,7 +259,7 @@ def data(arguments: argparse.Namespace) -> int:
             made = batches.Batches(examples, batch_size=count, seed=arguments.seed)
             inspect.show(made, encoding.tokenizer, rows=rows, count=count)
         else:
-            held_out = "test" if arguments.split == "train" else "train"
+            held_out: Split = "test" if arguments.split == "train" else "train"
             other = reading.rows_of(section, section.rows, held_out)
             inspect.stats(rows, examples, other=other)
     except ValueError as error:

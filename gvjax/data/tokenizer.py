@@ -29,14 +29,22 @@ class TextTokenizer(Protocol):
       fingerprint: hex digest of everything that decides the ids.
     """
 
-    vocab_size: int
-    pad_id: int
-    bos_id: int | None
-    add_bos: bool
-    eos_id: int
-    eos_ids: frozenset[int]
-    special_tokens: Mapping[str, str]
-    fingerprint: str
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def add_bos(self) -> bool: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+    @property
+    def special_tokens(self) -> Mapping[str, str]: ...
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of untrusted text; never a control id."""

@@ -21,7 +21,7 @@ from gvjax.recipes.ground import (
     ground_of,
     task_of,
 )
-from gvjax.tasks.task import Task
+from gvjax.tasks.task import Split, Task
 
 Candidates = Callable[[Stage, Stage], Sequence[Stage]]
 """`(SFT stage, pairs stage) -> stages among which the reward model is chosen`."""
@@ -44,7 +44,7 @@ class Plan:
         return self.by_place[kind, seed, task, arm, trial]
 
 
-def task_sections(study: config.StudyConfig) -> list[config.TaskSection]:
+def task_sections(study: config.StudyConfig) -> list[config.AnyTask]:
     """The main task, then the twins'."""
     return [study.task, *(twin.task for twin in study.twins)]
 
@@ -91,7 +91,7 @@ def _check_sizes(study: config.StudyConfig, task: Task) -> None:
     """Refuses a study that asks for more prompts than a dataset has."""
     if not isinstance(task, Dataset):
         return
-    for field, split, count in (
+    asked: tuple[tuple[str, Split, int], ...] = (
         ("pairs.count", "train", study.pairs.count),
         ("pairs.heldout", "validation", study.pairs.heldout),
         ("pairs.heldout", "test", study.pairs.heldout),
@@ -101,7 +101,8 @@ def _check_sizes(study: config.StudyConfig, task: Task) -> None:
             study.evaluation.validation_prompts,
         ),
         ("evaluation.test_prompts", "test", study.evaluation.test_prompts),
-    ):
+    )
+    for field, split, count in asked:
         if count > task.size(split):
             raise config.ConfigError(
                 f"{field} is {count}, but the {split} split of dataset {task.name} has {task.size(split)} rows; use no"

@@ -168,10 +168,10 @@ class Ground:
 
     def init_trained(self, key: jax.Array, policy: Params) -> Params:
         """What training a policy changes, at its start: the policy itself, or adapters that do nothing yet."""
-        if self.lora is None:
+        if (adapters := self.lora) is None:
             return policy
         return sharding.init_sharded(
-            lambda key: lora.init(key, transformer.init_shapes(self.model), self.lora),
+            lambda key: lora.init(key, transformer.init_shapes(self.model), adapters),
             self.mesh,
             self.rules,
             key,
@@ -210,11 +210,11 @@ class Ground:
 
     def trained_shapes(self) -> Params:
         """What training a policy changes, as ShapeDtypeStructs on this mesh: see `init_trained`."""
-        if self.lora is None:
+        if (adapters := self.lora) is None:
             return self.policy_shapes()
         made = transformer.init_shapes(self.model)
         return self._abstract(
-            jax.eval_shape(lambda: lora.init(jax.random.key(0), made, self.lora))
+            jax.eval_shape(lambda: lora.init(jax.random.key(0), made, adapters))
         )
 
     def policy_shapes(self) -> Params:

@@ -85,7 +85,9 @@ class Inputs:
     @functools.cached_property
     def _reference_gold(self) -> np.ndarray:
         """f32[N]: gold rewards of the reference policy's completions, drawn with the same random numbers."""
-        return self._judged(self.reference).gold
+        gold = self._judged(self.reference).gold
+        assert gold is not None, "asked for where the task has a gold reward"
+        return gold
 
     def _judged(self, params: Params) -> PolicyEvaluation:
         return evaluate_policy(

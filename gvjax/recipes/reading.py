@@ -153,7 +153,9 @@ def _read(section: config.DatasetSection) -> Dataset:
                 f"gold is {section.gold}, but {missing} of {len(used)} rows of {section.rows.source} have no answer to compare"
                 " with"
             )
-    shown = [section.model_dump(exclude={"prepared", "name", "reference_logps"})]
+    shown: list[Any] = [
+        section.model_dump(exclude={"prepared", "name", "reference_logps"})
+    ]
     shown += [examples.fingerprint for _, examples in read.values()]
     demonstrated = tables["train"]
     if section.demonstrations is not None:

@@ -121,7 +121,9 @@ def made(write, place):
 
     def finish(recipe: str) -> str:
         if not (place / recipe / "result.json").exists():
-            changes: dict = {"settings": {"steps": 3, "batch_size": 4}}
+            # So many that some of these cut completions end.
+            rows = {"sft": 48, "reward": 4}[recipe]
+            changes: dict = {"settings": {"steps": 3, "batch_size": rows}}
             if recipe == "reward":
                 changes |= {
                     "start": finish("sft"),
