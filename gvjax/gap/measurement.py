@@ -158,7 +158,8 @@ def _task_plan(settings: config.GapConfig, number: int, code: str) -> Plan:
         for count in sizes[:-1]:
             for kind in section.trained[:2]:
                 scorer(kind, count, needed)
-        add("untrained", seed, "", 0, "gold and null scorers", {}, needed, 1e9)
+        work = spending.forward_flops(ground, 4 * settings.pairs.heldout * length)
+        add("untrained", seed, "", 0, "gold and null scorers", {}, needed, work)
         if not has_gold:
             # Nobody could say which samples are good.
             continue
