@@ -49,3 +49,13 @@ def known(value, like):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_experiment_has_its_command_in_the_table(path):
     assert f"configs/paper/{path.name}`" in TABLE
+
+
+def test_the_two_word_experiment_at_the_papers_scale_is_one_command():
+    overrides = ["run_dir=runs/tldr_two_words", "task.max_completion=4"]
+    assert " ".join(overrides) in TABLE
+    for size in ("1b4", "2b8"):
+        name = f"configs/tldr_pythia_{size}.yaml"
+        assert f"gvjax compare {name}" in TABLE
+        short, long = (config.load(ROOT / name, each) for each in (overrides, []))
+        assert short.task.max_completion == 4 < long.task.max_completion
