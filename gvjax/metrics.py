@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -199,19 +199,19 @@ class _Events:
 
         for name, value in numbers.items():
             event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
-            self._try(lambda writer, event=event: writer.write_event(event))
+            self._try("write_event", event)
 
     def flush(self) -> None:
-        self._try(lambda writer: writer.flush())
+        self._try("flush")
 
     def close(self) -> None:
-        self._try(lambda writer: writer.close())
+        self._try("close")
 
-    def _try(self, act: Callable[[Any], Any]) -> None:
+    def _try(self, act: str, *arguments: Any) -> None:
         if self._writer is None:
             return
         try:
-            act(self._writer)
+            getattr(self._writer, act)(*arguments)
         except OSError as error:
             logger.error("no more TensorBoard events from this process: %s", error)
             self._writer = None

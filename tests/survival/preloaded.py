@@ -210,9 +210,9 @@ def kill_at_round(number: int) -> None:
 
 def kill_in_rollout(number: int) -> None:
     """Sampled, and not yet scored or learned from."""
-    from gvjax.recipes import hypo, rejection, rounds
+    from gvjax.recipes import best_of_n, hypo, rounds
 
-    for module, name in ((rounds, "draw"), (hypo, "draw"), (rejection, "sample_all")):
+    for module, name in ((rounds, "draw"), (hypo, "draw"), (best_of_n, "sample_all")):
         at_call(module, name, number, die, after=True)
 
 

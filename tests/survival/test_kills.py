@@ -12,15 +12,18 @@ from toy_runs import RECIPES, ROUNDS, STUDY, assert_same
 
 def faults(recipe: str, rng: random.Random) -> list:
     """One way to be killed, drawn by chance."""
-    samples = "batch_size" not in RECIPES[recipe]["settings"] or recipe == "hypo"
+    online = "batch_size" not in RECIPES[recipe]["settings"] or recipe == "hypo"
     kinds = {
         "kill_at_round": lambda: rng.randint(1, 4),
         "kill_in_save": lambda: [rng.randint(1, 2), rng.uniform(0, 0.03)],
         "kill_at_time": lambda: rng.uniform(0, 0.2),
         "kill_at_end": lambda: rng.choice(["params", "result"]),
     }
-    if samples:
+    if online:
         kinds["kill_in_rollout"] = lambda: rng.randint(1, 4)
+    elif recipe == "rejection":
+        # All its samples are drawn at the start.
+        kinds["kill_in_rollout"] = lambda: 1
     name = rng.choice(list(kinds))
     return [(name, kinds[name]())]
 
@@ -50,7 +53,7 @@ def kill_and_resume(preloaded, whole, recipe: str, kills: int, seed: int) -> Non
         attempt += 1
 
 
-@pytest.mark.parametrize("recipe", ["dpo", "policy_gradient"])
+@pytest.mark.parametrize("recipe", ["sft", "dpo"])
 def test_killed_a_few_times_it_ends_in_the_same_bits(preloaded, whole, recipe):
     kill_and_resume(preloaded, whole, recipe, kills=2, seed=1)
 
