@@ -315,6 +315,10 @@ def asked(settings, monkeypatch) -> list[str]:
         say("trains", {name: options.get(name) for name in shown})
         advance(state, 1)
 
+    def packed(batch):
+        say("packed", settings.packed_length, "rows", settings.batch_size)
+        return types.SimpleNamespace(batch_at=lambda step: batch)
+
     def winners(inputs, sources, prompts, *, n, role):
         say("best of", n, "by", sources)
         rollouts = batches()[2]
@@ -354,6 +358,10 @@ def asked(settings, monkeypatch) -> list[str]:
         "program": lambda *_: (Training(), None, *prepared),
         # In this thread: what is asked for must not depend on how far another one got.
         "Ahead": lambda make, stop: make,
+        "packed": types.SimpleNamespace(
+            demonstrations=lambda task, ground, settings, seed: packed(sequences),
+            pairs=lambda rows, ground, settings, seed, role: packed(pairs),
+        ),
         "Sampler": FakeSampler,
         "winners": winners,
         "draw": draw,
@@ -380,6 +388,7 @@ def asked(settings, monkeypatch) -> list[str]:
 # Another value of every field that acts around the program.
 OTHER = {
     "batch_size": 4,
+    "packed_length": 32,
     "evaluate_every": 7,
     "early_stop": True,
     "zero_head": False,

@@ -27,9 +27,11 @@ def ground():
     return Ground(MODEL, mesh, 258, 256, PROMPT, COMPLETION)
 
 
-def padded(rng, least, width):
+def padded(rng, least, width, *, ended=False):
     lengths = rng.integers(least, width + 1, COUNT).astype(np.int32)
     tokens = rng.integers(1, 250, (COUNT, width), np.int32)
+    if ended:
+        tokens[np.arange(COUNT), lengths - 1] = 258
     return np.where(np.arange(width) < lengths[:, None], tokens, 256), lengths
 
 
@@ -39,7 +41,7 @@ def task():
     prompts = Prompts(*padded(rng, 2, PROMPT))
     table = Table(
         prompts,
-        tuple(Completions(*padded(rng, 1, COMPLETION)) for _ in range(2)),
+        tuple(Completions(*padded(rng, 1, COMPLETION, ended=True)) for _ in range(2)),
         (None,) * COUNT,
     )
     splits = {split: np.arange(COUNT) for split in ("train", "validation", "test")}
