@@ -74,6 +74,7 @@ def planned(model: str, machine: str, recipes: tuple[str, ...]) -> dict:
 
 def table(plans: dict) -> str:
     recipes = [recipe for group in RECIPES for recipe in group]
+    compiled = sum(len(plan["stages"]) for plan in plans.values())
     lines = [
         "# What fits where",
         "",
@@ -84,6 +85,8 @@ def table(plans: dict) -> str:
         "",
         "Made by `python configs/results/make_plan.py`, at O0, with nothing but CPUs; see [plan.json](plan.json) for every",
         "program's bytes, operations and collectives.",
+        "",
+        f"{compiled} of {len(MODELS) * len(MACHINES) * len(recipes)} plans compiled so far; the same command goes on.",
         "",
         f"| model | on | usable | {' | '.join(recipes)} |",
         f"|---|---|---|{'---|' * len(recipes)}",
