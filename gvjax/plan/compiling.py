@@ -4,6 +4,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -100,7 +101,7 @@ def _compile(program: Program, mesh: jax.sharding.Mesh) -> Compiled:
             raise
         peak = int(float(found.group(1)) * _UNITS[found.group(2)])
         return Compiled(peak, refused=True, seconds=time.monotonic() - begun)
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     return Compiled(
         # Not arguments + temporaries: that counts donated memory twice.

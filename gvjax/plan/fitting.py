@@ -95,7 +95,7 @@ def parts_of(settings: config.RunConfig | config.StudyConfig) -> list[Part]:
             "select": settings.select,
         }
         return [Part(section.recipe, section, more)]
-    shared = {
+    shared: dict[str, Any] = {
         "evaluated": settings.evaluation.validation_prompts,
         "pooling": settings.reward.pooling,
     }
@@ -248,10 +248,11 @@ def _remedies(
             yield text, found.peak
             return
     slices = getattr(part.section, "num_microbatches", None)
-    if slices is None:
+    batch = part.stage(ground).batch
+    if slices is None or batch is None:
         return
     shards = ground.mesh.shape["data"] * ground.mesh.shape["fsdp"]
-    rows = getattr(part.section, "batch_rows", None) or part.section.batch_size
+    rows = getattr(part.section, "batch_rows", None) or batch[1]
     while (slices := 2 * slices) and rows % (slices * shards) == 0:
         found = _planned(part.stage(ground, num_microbatches=slices), compiler, target)
         if found.fits:

@@ -100,7 +100,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
             axes,
             count=sum(count for count, *_ in each),
             bytes=sum(size for _, size, *_ in each),
-            largest=max(rest for _, _, *rest in each)[1],
+            largest=max((size, shape) for _, _, size, shape in each)[1],
         )
         for (kind, axes), each in found.items()
     ]

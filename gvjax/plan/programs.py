@@ -213,7 +213,11 @@ def stage_of(
                 trained = {"policy": parts.trained, "value": parts.reward_model}
                 programs.insert(0, parts.init_reward_model(True))
                 state = compiled.state_shapes(trained)
-                prepared = (state.params["value"], rollouts, ref_logps)
+                prepared: tuple[Any, ...] = (
+                    state.params["value"],
+                    rollouts,
+                    ref_logps,
+                )
                 read: tuple[str, ...] = ("params",)
             else:
                 trained, prepared, read = parts.trained, (rollouts, ref_logps), ()
