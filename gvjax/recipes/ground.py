@@ -247,11 +247,8 @@ class Ground:
         return CompiledTraining(self, make_step, tx, group_size)
 
 
-Model = TypeVar("Model", LogpsFn, SharedPrompts)
-
-
-def of_params(model: Model, change: Callable[[Params], Params]) -> Model:
-    """The model, reading `change` of the parameters it is given."""
+def of_params(model: Any, change: Callable[[Params], Params]) -> Any:
+    """The model, a LogpsFn or SharedPrompts, reading `change` of the parameters it is given."""
     if isinstance(model, SharedPrompts):
         return dataclasses.replace(model, logps_fn=of_params(model.logps_fn, change))
 
