@@ -180,7 +180,8 @@ def _sft_packed(footing: Footing, stack) -> Work:
 
 def _dpo_packed(footing: Footing, stack) -> Work:
     size = footing.request.sizes.batch // 2
-    section = config.DpoSection(batch_size=size, beta=0.1)
+    length = footing.request.sizes.length
+    section = config.DpoSection(batch_size=size, beta=0.1, packed_length=length)
     compiled, _ = dpo.program(footing.ground, section)
     return _packed(footing, compiled, schema.PreferenceRow)
 
@@ -332,9 +333,9 @@ def _round(
     )
 
 
-def _ref_logps(footing: Footing, rollouts):
+def _ref_logps(footing: Footing, rollouts, group: int = 1):
     sequences = SequenceBatch(rollouts.tokens, rollouts.completion_mask)
-    return scorer(footing.ground)(footing.policy, sequences)
+    return scorer(footing.ground, group)(footing.policy, sequences)
 
 
 def _online_dpo(footing: Footing, stack) -> Work:
@@ -371,7 +372,7 @@ def _policy_gradient(footing: Footing, stack, **settings: Any) -> Work:
     compiled, _, make_batch = policy_gradient.program(footing.ground, section)
 
     def prepare(params, rollouts, clock):
-        return make_batch(rollouts, _ref_logps(footing, rollouts))[0]
+        return make_batch(rollouts, _ref_logps(footing, rollouts, sizes.group))[0]
 
     forward = cost.forward_flops(model, sizes.length, scored=sizes.completion)
     return _round(
