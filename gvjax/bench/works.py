@@ -20,7 +20,7 @@ from gvjax.data import schema, sources
 from gvjax.data.ahead import Ahead
 from gvjax.data.batches import Batches, Examples, LengthPolicy, encode_rows
 from gvjax.data.tokenizer import ByteTokenizer
-from gvjax.models import cost, transformer
+from gvjax.models import cost, heads, transformer
 from gvjax.recipes import dpo, online_dpo, policy_gradient, ppo, reward, sft
 from gvjax.recipes.ground import (
     CompiledTraining,
@@ -33,7 +33,7 @@ from gvjax.recipes.ground import (
 from gvjax.recipes.loop import Clock
 from gvjax.types import Params, PreferenceBatch, SequenceBatch
 
-POOLING = "last"
+POOLING: heads.Pooling = "last"
 """What the reward model's head reads, as most published ones do."""
 
 
@@ -462,10 +462,11 @@ def _text(footing: Footing, kind: type[schema.Row]) -> sources.Rows:
         return bytes(rng.integers(97, 123, count, dtype=np.uint8)).decode()
 
     def row() -> schema.Row:
-        texts = [letters(sizes.completion - 1) for _ in range(2)]
+        first, second = (letters(sizes.completion - 1) for _ in range(2))
+        prompt = letters(sizes.prompt - 1)
         if kind is schema.PreferenceRow:
-            return schema.PreferenceRow(letters(sizes.prompt - 1), *texts)
-        return schema.DemonstrationRow(letters(sizes.prompt - 1), texts[0])
+            return schema.PreferenceRow(prompt, first, second)
+        return schema.DemonstrationRow(prompt, first)
 
     # Enough for some batches of packed rows, each of which holds about two.
     return sources.from_rows([row() for _ in range(max(512, 12 * sizes.batch))])
