@@ -168,7 +168,10 @@ def make_request(
     Raises:
       ValueError: a size cannot be run; the message names the option, the rule and a size that would do.
     """
-    devices = sharding.make_mesh(**parse_mesh(mesh))
+    axes = parse_mesh(mesh)
+    devices = sharding.make_mesh(
+        data=axes["data"], fsdp=axes["fsdp"], tensor=axes["tensor"]
+    )
     accelerator = sharding.platform(devices) != "cpu"
     model = shapes.shape(
         shape,

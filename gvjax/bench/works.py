@@ -20,7 +20,7 @@ from gvjax.data import schema, sources
 from gvjax.data.ahead import Ahead
 from gvjax.data.batches import Batches, Examples, LengthPolicy, encode_rows
 from gvjax.data.tokenizer import ByteTokenizer
-from gvjax.models import cost, transformer
+from gvjax.models import cost, heads, transformer
 from gvjax.recipes import dpo, online_dpo, policy_gradient, ppo, reward, sft
 from gvjax.recipes.ground import (
     CompiledTraining,
@@ -33,7 +33,7 @@ from gvjax.recipes.ground import (
 from gvjax.recipes.loop import Clock
 from gvjax.types import Params, PreferenceBatch, SequenceBatch
 
-POOLING = "last"
+POOLING: heads.Pooling = "last"
 """What the reward model's head reads, as most published ones do."""
 
 
@@ -180,7 +180,8 @@ def _sft_packed(footing: Footing, stack) -> Work:
 
 def _dpo_packed(footing: Footing, stack) -> Work:
     size = footing.request.sizes.batch // 2
-    section = config.DpoSection(batch_size=size, beta=0.1)
+    length = footing.request.sizes.length
+    section = config.DpoSection(batch_size=size, beta=0.1, packed_length=length)
     compiled, _ = dpo.program(footing.ground, section)
     return _packed(footing, compiled, schema.PreferenceRow)
 
@@ -332,9 +333,9 @@ def _round(
     )
 
 
-def _ref_logps(footing: Footing, rollouts):
+def _ref_logps(footing: Footing, rollouts, group: int = 1):
     sequences = SequenceBatch(rollouts.tokens, rollouts.completion_mask)
-    return scorer(footing.ground)(footing.policy, sequences)
+    return scorer(footing.ground, group)(footing.policy, sequences)
 
 
 def _online_dpo(footing: Footing, stack) -> Work:
@@ -371,7 +372,7 @@ def _policy_gradient(footing: Footing, stack, **settings: Any) -> Work:
     compiled, _, make_batch = policy_gradient.program(footing.ground, section)
 
     def prepare(params, rollouts, clock):
-        return make_batch(rollouts, _ref_logps(footing, rollouts))[0]
+        return make_batch(rollouts, _ref_logps(footing, rollouts, sizes.group))[0]
 
     forward = cost.forward_flops(model, sizes.length, scored=sizes.completion)
     return _round(
@@ -461,10 +462,11 @@ def _text(footing: Footing, kind: type[schema.Row]) -> sources.Rows:
         return bytes(rng.integers(97, 123, count, dtype=np.uint8)).decode()
 
     def row() -> schema.Row:
-        texts = [letters(sizes.completion - 1) for _ in range(2)]
+        first, second = (letters(sizes.completion - 1) for _ in range(2))
+        prompt = letters(sizes.prompt - 1)
         if kind is schema.PreferenceRow:
-            return schema.PreferenceRow(letters(sizes.prompt - 1), *texts)
-        return schema.DemonstrationRow(letters(sizes.prompt - 1), texts[0])
+            return schema.PreferenceRow(prompt, first, second)
+        return schema.DemonstrationRow(prompt, first)
 
     # Enough for some batches of packed rows, each of which holds about two.
     return sources.from_rows([row() for _ in range(max(512, 12 * sizes.batch))])

@@ -541,9 +541,11 @@ class Batches:
             self._units = packer.pack(examples.totals, buckets[-1])
             used = np.array([used[list(unit)].sum() for unit in self._units])
         elif packing:
-            sides = [examples.prompts.lengths + c.lengths for c in examples.completions]
-            self._units, self.swapped = packer.pack_pairs(*sides, buckets[-1])
-            used = packer.filled(self._units, *sides, self.swapped)
+            first, second = (
+                examples.prompts.lengths + each.lengths for each in examples.completions
+            )
+            self._units, self.swapped = packer.pack_pairs(first, second, buckets[-1])
+            used = packer.filled(self._units, first, second, self.swapped)
         # The same for every batch, so that packing adds no shapes.
         self._widest = max(map(len, self._units), default=1)
         self._bucket_of = np.searchsorted(buckets, used)

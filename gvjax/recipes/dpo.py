@@ -152,4 +152,6 @@ def program(ground: Ground, settings: config.DpoSection):
         beta=settings.beta,
         num_microbatches=settings.num_microbatches,
     )
-    return ground.compiler(make_step, tx, group_size=2), schedule
+    # In packed rows the two sides of a pair do not stand side by side, and a prompt is run with each.
+    together = 2 if settings.packed_length is None else 1
+    return ground.compiler(make_step, tx, group_size=together), schedule

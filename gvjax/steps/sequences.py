@@ -198,9 +198,9 @@ def sums_by_pair(
     batch: PreferenceBatch, values: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(chosen [N], rejected [N]): sums over each completion of values [2B, T], rows interleaved and 0 elsewhere."""
-    if batch.chosen.segments is None:
-        return by_pair(batch, jnp.sum(values, axis=1))
     segments = interleave(batch.chosen, batch.rejected).segments
+    if segments is None:
+        return by_pair(batch, jnp.sum(values, axis=1))
     # One comparison a segment and not a scatter: the same bits on every device.
     here = segments[:, None, :] == 1 + jnp.arange(pairs_per_row(batch))[:, None]
     return by_pair(batch, jnp.sum(jnp.where(here, values[:, None, :], 0), axis=2))

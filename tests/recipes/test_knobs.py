@@ -365,7 +365,7 @@ def asked(settings, monkeypatch) -> list[str]:
         "Sampler": FakeSampler,
         "winners": winners,
         "draw": draw,
-        "scorer": lambda ground: lambda *_: jnp.zeros((B, T)),
+        "scorer": lambda ground, *group: lambda *_: jnp.zeros((B, T)),
         "sequences": lambda *_: sequences,
         "checks": mock.MagicMock(),
         "heads": mock.MagicMock(),

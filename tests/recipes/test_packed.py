@@ -17,7 +17,8 @@ from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.pairs import Pairs
 from gvjax.tasks.task import Completions, Prompts
 
-COUNT, PROMPT, COMPLETION = 40, 6, 10
+# Prompts so long that pairs which are not packed share them.
+COUNT, PROMPT, COMPLETION = 40, 20, 10
 MODEL = ModelConfig(vocab_size=259, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16)
 
 
@@ -77,7 +78,7 @@ def inputs(ground, task):
 def test_packed_pairs_are_learned_from(recipe, inputs, tmp_path):
     """The first losses are checked inside: ln 2 of all the pairs in the rows."""
     kind = {dpo: config.DpoSection, reward: config.RewardSection}[recipe]
-    settings = kind(steps=3, batch_size=2, packed_length=64)
+    settings = kind(steps=3, batch_size=2, packed_length=128)
     run = make_run(tmp_path)
     options = {"select": "last"} if recipe is dpo else {}
     recipe.train(settings, inputs, run, **options)
@@ -90,7 +91,7 @@ def test_packed_pairs_are_learned_from(recipe, inputs, tmp_path):
 
 
 def test_packed_demonstrations_are_learned_from(ground, task, tmp_path):
-    settings = config.SftSection(steps=3, batch_size=2, packed_length=64)
+    settings = config.SftSection(steps=3, batch_size=2, packed_length=128)
     run = make_run(tmp_path)
     sft.train(settings, ground, task, 0, run)
     losses = [line["loss"] for line in metrics_of(run)]
@@ -99,7 +100,7 @@ def test_packed_demonstrations_are_learned_from(ground, task, tmp_path):
 
 
 def test_every_pair_comes_once_in_an_epoch_and_brings_its_reference(ground, inputs):
-    settings = config.DpoSection(batch_size=1, packed_length=64)
+    settings = config.DpoSection(batch_size=1, packed_length=128)
     batches = packed.pairs(inputs.pairs, ground, settings, 0, "role")
     rows = [
         row
@@ -124,15 +125,15 @@ def test_every_pair_comes_once_in_an_epoch_and_brings_its_reference(ground, inpu
         (
             config.DpoSection(packed_length=15),
             {},
-            "has up to 16 tokens; use at least that, better 64",
+            "has up to 30 tokens; use at least that, better 120",
         ),
         (
-            config.SftSection(packed_length=64),
-            {"learned_positions": 64},
+            config.SftSection(packed_length=128),
+            {"learned_positions": 128},
             "positions are learned",
         ),
         (
-            config.DpoSection(packed_length=64, loss="aot"),
+            config.DpoSection(packed_length=128, loss="aot"),
             {},
             "compares rows with each other",
         ),
@@ -148,12 +149,12 @@ def test_a_task_that_makes_its_demonstrations_has_none_to_pack(ground):
     class Fresh:
         name = "fresh"
 
-    settings = config.SftSection(packed_length=64)
+    settings = config.SftSection(packed_length=128)
     with pytest.raises(config.ConfigError, match="task fresh makes new demonstrations"):
         packed.demonstrations(Fresh(), ground, settings, 0)
 
 
 def test_too_few_rows_for_a_batch_are_refused(ground, inputs):
-    settings = config.DpoSection(batch_size=64, packed_length=64)
+    settings = config.DpoSection(batch_size=64, packed_length=128)
     with pytest.raises(config.ConfigError, match="do not make one batch"):
         packed.pairs(inputs.pairs, ground, settings, 0, "role")
