@@ -104,7 +104,7 @@ def round_metrics(
         ),
         "objective/kl": penalty / settings.beta,
         "objective/scores": scores,
-        "objective/scores_margin": jnp.mean(batch.margin),
+        "objective/scores_margin": jnp.mean(jnp.asarray(batch.margin)),
         "objective/non_score_reward": -penalty,
         "objective/rlhf_reward": scores - penalty,
     }
