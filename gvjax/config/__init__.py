@@ -189,10 +189,8 @@ def load(
     for each in overrides:
         override(data, each)
     data = with_tokenizer(data)
-    kinds = {"study": StudyConfig, "gap": GapConfig}
-    kind: type[Section] = next(
-        (kind for key, kind in kinds.items() if key in data), RunConfig
-    )
+    kinds: dict[str, type[Section]] = {"study": StudyConfig, "gap": GapConfig}
+    kind = next((kind for key, kind in kinds.items() if key in data), RunConfig)
     try:
         return validate(kind, data, str(path))  # type: ignore[return-value]
     except ValueError as error:

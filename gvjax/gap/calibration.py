@@ -395,7 +395,9 @@ def simulate(
         for count in [round(studies * experiment.share)]
         for start in range(0, count, CHUNK)
     ]
-    found: dict[str, list[list[Any]]] = collections.defaultdict(list)
+    found: dict[str, list[tuple[dict[int, list[bool]], Verdicts]]] = (
+        collections.defaultdict(list)
+    )
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -158,6 +158,7 @@ def _matches(
             if arm.road == "start":
                 continue
             completions, gold = _completions(scene, arm.name)
+            assert gold is not None and start_gold is not None
             made.append(
                 _Match(
                     arm.name,
@@ -173,7 +174,7 @@ def _matches(
 
 def _completions(
     scene: MeasuredScene, arm: str | None
-) -> tuple[Completions, np.ndarray]:
+) -> tuple[Completions, np.ndarray | None]:
     params = scene.policy
     if arm is not None:
         settings, trial = scene.chosen_trial(arm)

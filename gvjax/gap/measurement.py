@@ -332,6 +332,8 @@ class MeasuredScene(Scene):
             }
             arrays["length"] = completions.lengths
             best = self.task.optimum(prompts)
+            # Without a gold reward no samples are planned.
+            assert self.task.reward_range is not None
             top = self.task.reward_range[1]
             arrays = {
                 name: values.reshape(len(prompts), count).astype(np.float32)

@@ -131,9 +131,9 @@ def data_multiplier(
     two = _fit(n, curves, asymptotes=2)
     apart = two["a"][:, 0] - two["a"][:, 1]
     gap = _middle(apart[1:])
-    falls = (one["b"] > 0).all(axis=1)
+    falls: Array = np.all(one["b"] > 0, axis=1)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        multipliers = np.where(
+        multipliers: Array = np.where(
             falls, (one["b"][:, 0] / one["b"][:, 1]) ** (1 / one["c"]), np.nan
         )
     reason = ""
@@ -163,7 +163,7 @@ def _resampled(losses: Array, resamples: int, seed: int) -> Array:
         # The same pairs at every size and for both, which is what makes their difference precise.
         means = [
             losses[s][..., generator.integers(num_pairs, size=num_pairs)].mean(axis=-1)
-            for s in drawn
+            for s in np.asarray(drawn)
         ]
         curves.append(np.mean(means, axis=0))
     return np.stack(curves)

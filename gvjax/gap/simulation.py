@@ -8,7 +8,7 @@ happens is what happens to a real task: the same quantities, intervals and rules
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -254,11 +254,12 @@ def study(world: World, design: Design, rng: Rng) -> Study:
         if (found := quantities.over_seeds(each)) is not None
     }
 
-    def tier(names):
-        return {name: estimates[name] for name in names if name in estimates}
+    def bounds(names) -> dict[str, Any]:
+        known = {name: estimates[name] for name in names if name in estimates}
+        return dict(advice.simultaneous(known))
 
-    scorers = advice.simultaneous(tier(TIER1))
-    both = advice.simultaneous(tier((*TIER1, *TIER2)))
+    scorers = bounds(TIER1)
+    both = bounds((*TIER1, *TIER2))
     return Study(
         estimates,
         advice.advise(advice.Tier1(design.seeds, **scorers)),

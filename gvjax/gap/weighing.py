@@ -203,13 +203,13 @@ def _likelihoods(
             updates=_per_seed(settings, [float(r["round"]) for _, r in chosen]),
         )
 
-    for kind in scorers.untrained_of(scenes[0].task):
+    for null in scorers.untrained_of(scenes[0].task):
         untrained = [
-            scene.store.result(scene.plan.of("untrained", scene.seed))["margins"][kind]
+            scene.store.result(scene.plan.of("untrained", scene.seed))["margins"][null]
             for scene in scenes
         ]
-        found.append(finding(kind, 0, [], untrained))
-        margins[kind] = untrained
+        found.append(finding(null, 0, [], untrained))
+        margins[null] = untrained
     for kind in section.trained:
         chosen = [scene.chosen(kind, sizes[-1]) for scene in scenes]
         margins[kind] = [result["margins"] for _, result in chosen]
@@ -246,8 +246,8 @@ def _likelihoods(
         slopes = [(a - b) / doublings for a, b in zip(full, before)]
         add("Q1", SLOPE, "nats per pair and doubling", slopes)
     if "shuffled reward model" in section.trained:
-        null = [r - math.log(0.5) for r in rows("shuffled reward model", sizes[-1])]
-        add("Q1", "shuffled reward model's lead over chance", "nats per pair", null, nats)  # fmt: skip
+        shuffled = [r - math.log(0.5) for r in rows("shuffled reward model", sizes[-1])]
+        add("Q1", "shuffled reward model's lead over chance", "nats per pair", shuffled, nats)  # fmt: skip
     for probe in ("global reward model", "local reward model", "frozen features"):
         if probe != verifier and probe in section.trained:
             whose = "a head on frozen features" if probe == "frozen features" else probe
