@@ -81,20 +81,17 @@ class Ground:
     def group_logps_fn(self, group_size: int) -> LogpsFn | SharedPrompts:
         """The same for batches whose rows come in groups of one prompt, which is run once where that pays.
 
-        On a CPU it paid from a quarter fewer tokens on; on other platforms the kernels of whole sequences are kept
-        until it has been measured there.
+        On platforms other than a CPU the kernels of whole sequences are kept until it has been measured there.
         """
-        own = self.completion_length - 1
-        shared = self.prompt_length + group_size * own
-        plain = group_size * (self.prompt_length + own)
         if (
-            sharding.platform(self.mesh) != "cpu"
+            group_size == 1
+            or sharding.platform(self.mesh) != "cpu"
             or self.model.sliding_window is not None
-            or shared > 0.75 * plain
         ):
             return self.logps_fn
         model = SharedPrompts(
             groups.group_logps_fn(self.model, mesh=self.mesh),
+            transformer.token_logps_fn(self.model, mesh=self.mesh),
             self.prompt_length,
             self.completion_length,
             group_size,
@@ -250,7 +247,11 @@ class Ground:
 def of_params(model: Any, change: Callable[[Params], Params]) -> Any:
     """The model, a LogpsFn or SharedPrompts, reading `change` of the parameters it is given."""
     if isinstance(model, SharedPrompts):
-        return dataclasses.replace(model, logps_fn=of_params(model.logps_fn, change))
+        return dataclasses.replace(
+            model,
+            logps_fn=of_params(model.logps_fn, change),
+            plain=of_params(model.plain, change),
+        )
 
     def logps_fn(params, *rest):
         return model(change(params), *rest)

@@ -69,8 +69,13 @@ def completion_logps(
     """
     check_sequences(batch=batch)
     tokens = jnp.asarray(batch.tokens)
+    shared = None
     if isinstance(logps_fn, SharedPrompts):
-        logps = _shared_logps(logps_fn, params, batch)
+        if batch.segments is None and logps_fn.pays(tokens.shape[1]):
+            shared = _shared_logps(logps_fn, params, batch)
+        logps_fn = logps_fn.plain
+    if shared is not None:
+        logps = shared
     elif batch.segments is None:
         logps = logps_fn(params, tokens)
     else:
@@ -93,10 +98,6 @@ def _shared_logps(
     if rows % group:
         raise ValueError(
             f"{rows} rows are not whole groups of {group}; the completions of one prompt stand in consecutive rows"
-        )
-    if batch.segments is not None:
-        raise ValueError(
-            "these sequences are packed (they have `segments`), so a row has more than one prompt; give a LogpsFn"
         )
     tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.completion_mask)
     # Where a completion is empty nobody sees where its prompt ends; the others of the group know.

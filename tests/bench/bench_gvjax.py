@@ -40,10 +40,9 @@ def jit(step):
 
 def logps_function(prompt_length, completion_length, group_size):
     """The model's log-probabilities; in variant shared, with each prompt run once."""
-    if "shared" not in V:
-        return transformer.token_logps_fn(config)
-    model = groups.group_logps_fn(config)
-    return SharedPrompts(model, prompt_length, completion_length, group_size)
+    plain, group = transformer.token_logps_fn(config), groups.group_logps_fn(config)
+    model = SharedPrompts(group, plain, prompt_length, completion_length, group_size)
+    return model if "shared" in V else plain
 
 
 def user_sft(batches):

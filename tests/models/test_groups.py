@@ -37,11 +37,8 @@ def ragged(rng, groups_of: int) -> SequenceBatch:
 
 
 def both(config: transformer.ModelConfig, group_size: int):
-    shared = groups.group_logps_fn(config)
-    return (
-        transformer.token_logps_fn(config),
-        SharedPrompts(shared, PROMPT, COMPLETION, group_size),
-    )
+    plain, shared = transformer.token_logps_fn(config), groups.group_logps_fn(config)
+    return plain, SharedPrompts(shared, plain, PROMPT, COMPLETION, group_size)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +103,7 @@ def test_the_program_does_the_products_of_one_prompt():
     tokens = jax.ShapeDtypeStruct((16, 64 + 16), jnp.int32)
     mask = jax.ShapeDtypeStruct(tokens.shape, bool)
     plain = transformer.token_logps_fn(config)
-    shared = SharedPrompts(groups.group_logps_fn(config), 64, 16, 4)
+    shared = SharedPrompts(groups.group_logps_fn(config), plain, 64, 16, 4)
 
     def flops(logps_fn):
         def score(params, tokens, mask):
@@ -117,6 +114,23 @@ def test_the_program_does_the_products_of_one_prompt():
 
     # 4 · 79 tokens a prompt against 64 + 4 · 15.
     assert flops(shared) < 0.45 * flops(plain)
+
+
+def test_packed_and_narrow_batches_take_the_plain_layout():
+    def never(*_):
+        raise AssertionError("the prompt was shared")
+
+    def plain(_, tokens, segments=None):
+        return tokens * 0.5
+
+    model = SharedPrompts(never, plain, PROMPT, COMPLETION, 2)
+    wide = SequenceBatch(jnp.ones((2, 13), int), jnp.ones((2, 13), bool))
+    with pytest.raises(AssertionError, match="was shared"):
+        steps.completion_logps(model, None, wide)
+    narrow = SequenceBatch(wide.tokens[:, :8], wide.completion_mask[:, :8])
+    packed = SequenceBatch(wide.tokens, wide.completion_mask, wide.tokens)
+    for batch in (narrow, packed):
+        assert steps.completion_logps(model, None, batch).shape == batch.tokens.shape
 
 
 def test_what_cannot_be_shared_is_refused():

@@ -36,13 +36,10 @@ def most_logits(text: str) -> int:
 @functools.cache
 def dpo(shared: bool) -> tuple[jax.stages.Compiled, int]:
     """A compiled DPO step, and the number of arrays in its state."""
-    logps_fn = (
-        SharedPrompts(
-            groups.group_logps_fn(CONFIG, chunk_size=CHUNK), PROMPT, COMPLETION, 2
-        )
-        if shared
-        else transformer.token_logps_fn(CONFIG, chunk_size=CHUNK)
-    )
+    plain = transformer.token_logps_fn(CONFIG, chunk_size=CHUNK)
+    grouped = groups.group_logps_fn(CONFIG, chunk_size=CHUNK)
+    model = SharedPrompts(grouped, plain, PROMPT, COMPLETION, 2)
+    logps_fn = model if shared else plain
     tx = optim.make_adamw(1e-3)
     state = jax.eval_shape(
         lambda: steps.init_train_state(transformer.init(jax.random.key(0), CONFIG), tx)
