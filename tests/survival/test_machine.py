@@ -132,7 +132,7 @@ def test_a_changed_config_or_file_is_refused_with_a_diff_and_goes_on_by_force(
     code, said = run("settings.optimizer.learning_rate=0.5")
     assert code == 64
     name = "settings.optimizer.learning_rate"
-    assert f"{name} was 0.001 and is 0.5" in said and f"--force {name}" in said
+    assert f"{name} was 0.0003 and is 0.5" in said and f"--force {name}" in said
     code, said = run("--force", "settings.optimizer.learning_rat")
     assert code == 64 and "did you mean 'settings.optimizer.learning_rate'" in said
 
@@ -145,6 +145,6 @@ def test_a_changed_config_or_file_is_refused_with_a_diff_and_goes_on_by_force(
     lines = (where / "own" / "metrics.jsonl").read_text().splitlines()
     logged = [json.loads(line) for line in lines]
     rates = [line["learning_rate"] for line in logged if "learning_rate" in line]
-    assert len(rates) == 8 and rates[0] == 0.001 and rates[-1] == 0.5
+    assert len(rates) == 8 and rates[0] == pytest.approx(0.0003) and rates[-1] == 0.5
     code, said = run(f"{name}=0.7", "--force", name)
     assert code == 64 and "finished run" in said
