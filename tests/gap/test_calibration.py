@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from rich.console import Console
 from scipy import special
 
 from gvjax.__main__ import main
-from gvjax.gap import calibration, simulation
+from gvjax.gap import calibration, simulation, statistics
 from gvjax.gap.simulation import Design, DimensionToy, Features, Kinds
 from gvjax.tabular import bradley_terry
 
+RESULTS = pathlib.Path(__file__).parents[2] / "configs" / "results"
 STUDIES = 60
 QUIET = Console(quiet=True)
 
@@ -93,6 +95,24 @@ def test_rules_hold_the_harder_end():
 def test_every_experiment_is_checked():
     names = {experiment.name for experiment in calibration.EXPERIMENTS}
     assert {check.experiment for check in calibration.CHECKS} == names
+
+
+def test_the_committed_table_is_that_of_the_committed_numbers():
+    data = json.loads((RESULTS / "calibration.json").read_text(encoding="utf-8"))
+    rows = tuple(calibration.Row(**row) for row in data.pop("rows"))
+    outcome = calibration.Outcome(rows=rows, **data)
+    table = (RESULTS / "calibration.md").read_text(encoding="utf-8")
+    assert calibration.markdown(outcome) == table
+    # Of the checks as they are now, each with its own count held against its own rule.
+    for row, check in zip(rows, calibration.CHECKS, strict=True):
+        assert (row.experiment, row.check, row.rule) == (
+            check.experiment,
+            check.text,
+            str(check.rule),
+        )
+        low, high = statistics.wilson_interval(row.count, row.studies)
+        assert row.passed == check.rule.holds(row.count / row.studies, low, high)
+    assert next(row.studies for row in rows if row.experiment == "isomorphic") >= 1000
 
 
 def test_the_request_must_make_sense(capsys):
