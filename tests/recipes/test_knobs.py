@@ -149,12 +149,13 @@ def a_small_critic(monkeypatch):
 
 GROUND = types.SimpleNamespace(
     logps_fn=logps_fn,
+    group_logps_fn=lambda group_size: logps_fn,
     reward_fn=rewards_fn,
     completion_length=4,
     eos_id=None,
     model=None,
     mesh=None,
-    compiler=lambda make_step, tx: (make_step(logps_fn), tx),
+    compiler=lambda make_step, tx, group_size=1: (make_step(logps_fn), tx),
 )
 
 
