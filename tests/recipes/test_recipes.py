@@ -651,8 +651,15 @@ def test_rewards_of_many_rows_do_not_depend_on_the_parts(inputs):
     prompts = inputs.prompts.take(slice(5)).repeat(2)
     rollouts = best_of_n.winners(inputs, GOLD, prompts, n=2, role="parts")
     rewards = make_rewards(inputs.ground, BOTH, inputs.task, inputs.reward_model)
-    whole = reward_rows(inputs.ground, rewards, rollouts, prompts, part=512)
-    parts = reward_rows(inputs.ground, rewards, rollouts, prompts, part=4)
+    whole, parts = (
+        reward_rows(
+            dataclasses.replace(inputs.ground, rows_per_call=most),
+            rewards,
+            rollouts,
+            prompts,
+        )
+        for most in (512, 4)
+    )
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
     assert np.std(whole) > 0
 

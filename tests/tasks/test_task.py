@@ -192,6 +192,7 @@ def test_names_are_the_files():
         "countdown",
         "hidden_goals",
         "lcs",
+        "lengths",
         "name",
         "plan",
         "reverse",
