@@ -91,7 +91,7 @@ def group_logps_fn(
         states = jnp.concatenate(
             [
                 jnp.broadcast_to(last, shape),
-                states[:, width:].reshape(number, group, run, -1),
+                states[:, width:].reshape(number, group, run, config.embed_dim),
             ],
             axis=2,
         ).reshape(number * group, length, -1)

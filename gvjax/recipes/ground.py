@@ -253,8 +253,8 @@ def of_params(model: Any, change: Callable[[Params], Params]) -> Any:
             plain=of_params(model.plain, change),
         )
 
-    def logps_fn(params, *rest):
-        return model(change(params), *rest)
+    def logps_fn(params, *rest, **options):
+        return model(change(params), *rest, **options)
 
     return logps_fn
 

@@ -80,7 +80,7 @@ STAGES = 2 * (1 + 3 * 2 + 1 + 7 + 3)
 
 def start(where: pathlib.Path, name: str, data, *overrides) -> subprocess.Popen:
     """`gvjax compare` in a process with one device, programs shared with the other studies of these tests."""
-    (where / f"{name}.yaml").write_text(yaml.safe_dump(data))
+    (where / f"{name}.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {
         "JAX_PLATFORMS": "cpu",
