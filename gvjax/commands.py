@@ -157,7 +157,8 @@ def sample(arguments: argparse.Namespace) -> int:
     done = single.finished(arguments.run_dir)
     rng = role_rng(arguments.seed, "shown prompts")
     prompts = done.task.prompts(rng, arguments.prompts, "test")
-    table = Table("prompt", "completion", "gold")
+    judged = done.task.reward_range is not None
+    table = Table("prompt", "completion", *(["gold"] if judged else []))
     for prompt, completion, gold in single.samples(
         done.ground,
         done.task,
@@ -167,7 +168,7 @@ def sample(arguments: argparse.Namespace) -> int:
         num_samples=arguments.samples,
         temperature=arguments.temperature,
     ):
-        table.add_row(prompt, completion, "" if gold is None else f"{gold:.2f}")
+        table.add_row(prompt, completion, *([f"{gold:.2f}"] if judged else []))
     Console().print(table)
     return 0
 

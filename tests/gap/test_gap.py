@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import functools
 import http.server
 import json
 import math
@@ -88,8 +87,10 @@ def where(tmp_path_factory):
     """A directory to work in, on one device as on a laptop."""
     path = tmp_path_factory.mktemp("gaps")
     patch = pytest.MonkeyPatch()
-    one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    patch.setattr(sharding, "make_mesh", one)
+    make, one = sharding.make_mesh, jax.devices()[:1]
+    patch.setattr(
+        sharding, "make_mesh", lambda **axes: make(**{**axes, "devices": one})
+    )
     patch.chdir(path)
     # Set here, the command leaves it alone; and it is put back for the tests that follow in this process.
     before = jax.config.jax_compilation_cache_dir

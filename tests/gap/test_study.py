@@ -1,7 +1,6 @@
 """Both roads at toy size, end to end: the same numbers however the work was cut, and no work done twice."""
 
 import copy
-import functools
 import json
 import os
 import pathlib
@@ -243,8 +242,10 @@ def test_ctrl_c_stops_all_of_it_without_a_traceback(where, tmp_path):
 
 @pytest.fixture
 def one_device(monkeypatch):
-    one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", one)
+    make, one = sharding.make_mesh, jax.devices()[:1]
+    monkeypatch.setattr(
+        sharding, "make_mesh", lambda **axes: make(**{**axes, "devices": one})
+    )
 
 
 def planned(data, code="code"):
