@@ -135,7 +135,8 @@ def test_a_small_calibration_contradicts_no_rule(tmp_path):
         if check.rule.kind != "at most":
             assert row.high >= ends[0], row
     # Powerless rules would pass too: on the gap task the tool does speak.
-    assert outcome.verdicts["gap"]["observed"][calibration.RL] >= 15
+    said = outcome.verdicts["gap"]["observed"]
+    assert said[calibration.RL] > sum(said.values()) / 2
     text = calibration.markdown(outcome)
     assert text.count("\n| isomorphic |") == 5
     json.dumps(dataclasses.asdict(outcome))

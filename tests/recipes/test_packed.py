@@ -109,7 +109,8 @@ def test_every_pair_comes_once_in_an_epoch_and_brings_its_reference(ground, inpu
         for row in unit
     ]
     assert sorted(rows) == list(range(COUNT))
-    assert batches.padding() < 0.1
+    # What fills 10.3 rows stands in 12; a pair by itself leaves .45 of its two rows empty.
+    assert batches.padding() < 0.15
     batch, (unit,) = batches.batch_at(1), batches.rows_at(1)
     np.testing.assert_array_equal(
         batch.ref_chosen_logps[0, : len(unit)],

@@ -152,8 +152,9 @@ class Process:
         return code
 
     def said(self) -> str:
-        """What it has printed."""
-        return self.place.with_suffix(".out").read_text()
+        """What it has printed: nothing before it has begun."""
+        out = self.place.with_suffix(".out")
+        return out.read_text() if out.exists() else ""
 
     def reached(self, step: int, timeout: float = 300) -> None:
         """Waits until it has made so many rounds of its run."""
