@@ -74,7 +74,7 @@ def test_show_packed_rows_names_all_that_is_in_them():
     out = console()
     inspect.show(batches, ByteTokenizer(), rows=rows, console=out)
     assert "row 0: f:1, f:2" in out.file.getvalue()
-    assert "8 of 16 tokens, 4 trained on" in out.file.getvalue()
+    assert "8 of 8 tokens, 4 trained on" in out.file.getvalue()
 
 
 def test_statistics_by_hand():

@@ -32,7 +32,7 @@ def inputs():
     patch.setattr(
         sharding,
         "make_mesh",
-        lambda **axes: make(devices=jax.devices()[:1], **axes),
+        lambda **axes: make(**{**axes, "devices": jax.devices()[:1]}),
     )
     task = tasks.load("tour", seed=1, num_nodes=6, horizon=4, num_goals=2)
     ground = ground_of(task, MODEL, config.MeshSection())

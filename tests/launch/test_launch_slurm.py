@@ -22,7 +22,9 @@ NODES = ("127.0.0.2", "127.0.0.3")
 
 missing = [name for name in ("slurmctld", "slurmd", "sbatch") if not shutil.which(name)]
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
+    # Its nodes have fixed ports.
+    pytest.mark.xdist_group("slurm"),
     pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed"),
     pytest.mark.skipif(
         not hasattr(os, "geteuid") or os.geteuid() != 0, reason="slurmd wants root"

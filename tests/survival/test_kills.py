@@ -130,7 +130,7 @@ KILLS = {recipe: {"sft": 25, "reward": 6}.get(recipe, 3) for recipe in RECIPES}
 assert sum(KILLS.values()) >= 50
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_killed_again_and_again_every_recipe_ends_in_the_same_bits(
     preloaded, whole, recipe

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import pathlib
 import re
 import subprocess
+import tempfile
 
 import pytest
 import yaml
@@ -74,9 +76,12 @@ def test_missing_permissions_are_said_in_a_line_before_anything_is_computed(
 ):
     (tmp_path / "locked").mkdir()
     (tmp_path / "locked" / "checkpoints").mkdir()
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
-    preloaded.directory.chmod(0o755)
+    top = pathlib.Path(tempfile.gettempdir())
+    for inner in (tmp_path, preloaded.directory):
+        for path in (inner, *inner.parents):
+            if path == top:
+                break
+            path.chmod(0o755)
     for locked in ("locked", "locked/deeper"):
         process = preloaded.start(
             "run",

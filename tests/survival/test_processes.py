@@ -143,7 +143,8 @@ def test_a_stuck_loader_ends_all_within_the_configured_time(preloaded, pair):
     act = [("stuck_data", 4)]
     group = preloaded.group(2, *command, act=act, on=1, env=TWO_DEVICES)
     group[1].reached(2)
-    ended = codes(group, 8)
+    # Ten median steps, should this machine be so busy that they take longer than the two seconds.
+    ended = codes(group, 20)
     assert ended == [distributed.ExitCode.HANG] * 2, said(group)
     assert "watchdog: no step for" in said(group)
     # Whoever noticed first, the one that the others wait for shows where it is.
@@ -159,7 +160,7 @@ def test_a_frozen_process_ends_all_within_the_configured_time(preloaded, pair):
     group[1].send(signal.SIGSTOP)
     try:
         # Noticed between one and two heartbeats' limits later.
-        assert group[0].wait(10) not in (0, 64, 85), said(group)
+        assert group[0].wait(20) not in (0, 64, 85), said(group)
     finally:
         group[1].kill()
 
