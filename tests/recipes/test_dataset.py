@@ -598,3 +598,22 @@ def test_the_command_line_shows_rows_and_counts(write, capsys):
     assert "prompts of the other split seen here" in counted
     assert "identical_pair" in counted
     assert main(["data", "show", "configs/tour/dpo.yaml"]) == 64
+
+
+@pytest.mark.parametrize(
+    "source", ["hh_rlhf", "gsm8k", "svamp", "scitldr", "tldr_pages"]
+)
+def test_every_sample_shows_its_rows_and_is_counted(source, write, place, capsys):
+    rows = {
+        "source": source,
+        "path": str(place / source),
+        "drop": [],
+        "max_bad_share": 1,
+    }
+    file = str(write(f"{source} shown", "sft", task={"name": source}, rows=rows))
+    assert main(["data", "show", file, "-n", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("train.jsonl.gz:") >= 2 and "trained on" in shown
+    assert main(["data", "stats", file]) == 0
+    counted = capsys.readouterr().out
+    assert "prompt tokens" in counted and "█" in counted
