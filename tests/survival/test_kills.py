@@ -126,7 +126,7 @@ def test_a_study_killed_within_and_between_stages_has_the_same_numbers(preloaded
     )
 
 
-KILLS = {recipe: {"sft": 25, "reward": 6}.get(recipe, 3) for recipe in RECIPES}
+KILLS = {recipe: {"sft": 18, "reward": 6}.get(recipe, 4) for recipe in RECIPES}
 assert sum(KILLS.values()) >= 50
 
 
