@@ -214,7 +214,10 @@ def test_the_examples_take_two_steps_one_after_the_other(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        name
+        # Most arms, and the largest model.
+        pytest.param(name, marks=pytest.mark.exhaustive)
+        if name in ("tour.yaml", "tldr_pythia_1b4.yaml")
+        else name
         for name, path in zip(NAMES, PATHS)
         # The other size of Pythia and SmolLM2 have the same arms, or fewer.
         if path.parent == ROOT and name not in ("tldr_pythia_2b8.yaml", "smollm2.yaml")
