@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 from gvjax import masked
 
+KEPT_LOGITS = 2**25
+"""As many logits as are computed in one piece where nobody says otherwise."""
+
 
 def token_logps(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Log-probability of every token given those before it.
@@ -64,7 +67,7 @@ def chunked_token_logps(
             [hidden, tokens], 2, custom_message="arguments hidden and tokens"
         )
     if chunk_size is None:
-        chunk_size = max(1024, 2**25 // unembed.shape[1])
+        chunk_size = max(1024, KEPT_LOGITS // unembed.shape[1])
     if chunk_size <= 0:
         raise ValueError(f"chunk_size is {chunk_size}; it must be positive, e.g. 1024")
     (batch, length), width = tokens.shape, hidden.shape[-1]
