@@ -7,6 +7,7 @@ compiled once and found again in a cache on disk.
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -52,9 +53,9 @@ class Preloaded:
             stdout=subprocess.PIPE,
             env=environment,
             cwd=directory,
-            text=True,
         )
         self._codes: dict[int, int] = {}
+        self._unread = b""
         self._started = 0
 
     def start(
@@ -74,7 +75,7 @@ class Preloaded:
             "name": name,
             "cwd": str(cwd),
         }
-        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.write(json.dumps(order).encode() + b"\n")
         self._server.stdin.flush()
         while "pid" not in (news := self._hear()):
             pass
@@ -116,15 +117,21 @@ class Preloaded:
     def code_of(self, pid: int, timeout: float) -> int | None:
         deadline = time.monotonic() + timeout
         while pid not in self._codes:
-            left = deadline - time.monotonic()
-            if left < 0 or not select.select([self._server.stdout], [], [], left)[0]:
+            if self._hear(max(deadline - time.monotonic(), 0)) is None:
                 return None
-            self._hear()
         return self._codes[pid]
 
-    def _hear(self) -> dict[str, int]:
-        line = self._server.stdout.readline()
-        assert line, "the preloaded process is gone"
+    def _hear(self, timeout: float | None = None) -> dict[str, int] | None:
+        """The next news; None if there are none in time. Two may come at once, and are then read one by one."""
+        out = self._server.stdout.fileno()
+        while b"\n" not in self._unread:
+            # Read without Python's buffer, into which select cannot look.
+            if not select.select([out], [], [], timeout)[0]:
+                return None
+            part = os.read(out, 65536)
+            assert part, "the preloaded process is gone"
+            self._unread += part
+        line, _, self._unread = self._unread.partition(b"\n")
         news = json.loads(line)
         if "code" in news:
             self._codes[news["ended"]] = news["code"]
@@ -269,11 +276,13 @@ def slow_rounds(seconds: float) -> None:
     distributed.Watchdog.beat = beat
 
 
-def as_nobody(_: None) -> None:
-    """Without the rights of root, for whom no permission is missing."""
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
+def without_privileges(_: None) -> None:
+    """Without the capabilities of root, for whom no permission is missing; still the owner of its files."""
+    version_3, this_process = 0x20080522, 0
+    header = (ctypes.c_uint32 * 2)(version_3, this_process)
+    none = (ctypes.c_uint32 * 6)()
+    if ctypes.CDLL(None, use_errno=True).capset(header, none):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def jumping_clock(_: None) -> None:
@@ -318,7 +327,7 @@ ACTS = {
         kill_after_stage,
         stuck_data,
         slow_rounds,
-        as_nobody,
+        without_privileges,
         jumping_clock,
         full_disk,
         own_code,
