@@ -1,6 +1,10 @@
-"""Eight virtual CPU devices for the mesh tests; set before jax is first imported."""
+"""Eight virtual CPU devices for the mesh tests, set before jax is first imported; and room for all the programs."""
 
+import gc
 import os
+import pathlib
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Commands that tests run keep no programs in the cache of whoever runs them.
@@ -9,3 +13,16 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
+
+MEMORY_MAPS = pathlib.Path("/proc/self/maps")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_forgotten():
+    """After a file, where many have come together: each holds a few of the 65,530 maps that Linux gives a process."""
+    yield
+    if MEMORY_MAPS.exists() and MEMORY_MAPS.read_text().count("\n") > 15_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()

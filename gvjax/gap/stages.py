@@ -248,19 +248,24 @@ def _share_out(waiting, store, perform, workers, watch) -> None:
         desks[number] = (process, tasks)
     by_key = {stage.key: stage for stage in waiting}
     idle, running = list(desks), dict[int, Stage]()
+    compiled: set[tuple[str, str, int]] = set()
     looked = time.monotonic()
     try:
         while waiting or running:
             pending = {stage.key for stage in waiting}
             pending |= {stage.key for stage in running.values()}
-            for stage in list(waiting):
-                if not idle:
-                    break
-                if not any(parent.key in pending for parent in stage.parents):
-                    number = idle.pop(0)
-                    waiting.remove(stage)
-                    running[number] = stage
-                    desks[number][1].put(stage)
+            ready = [
+                stage
+                for stage in waiting
+                if not any(parent.key in pending for parent in stage.parents)
+            ]
+            while idle and ready:
+                stage = _next(ready, running.values(), compiled)
+                number = idle.pop(0)
+                ready.remove(stage)
+                waiting.remove(stage)
+                running[number] = stage
+                desks[number][1].put(stage)
             # However much the others have to say: one that died says nothing.
             if time.monotonic() - looked > 1.0:
                 looked = time.monotonic()
@@ -274,12 +279,27 @@ def _share_out(waiting, store, perform, workers, watch) -> None:
             if what == "done":
                 idle.append(number)
                 del running[number]
+            compiled.add(_programs(by_key[key]))
             watch(by_key[key], what, share, shown)
     finally:
         for process, _ in desks.values():
             process.terminate()
         for process, _ in desks.values():
             process.join()
+
+
+def _programs(stage: Stage) -> tuple[str, str, int]:
+    """Stages with the same value run the same compiled programs: seeds, and a task and its twin, differ in data alone."""
+    _, _, arm, trial = stage.place
+    return stage.kind, arm, trial
+
+
+def _next(ready, running, compiled) -> Stage:
+    """The first stage that would not compile what another process is compiling just now; else the first."""
+    compiling = {_programs(stage) for stage in running} - compiled
+    return next(
+        (stage for stage in ready if _programs(stage) not in compiling), ready[0]
+    )
 
 
 @contextlib.contextmanager

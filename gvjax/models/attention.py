@@ -167,36 +167,92 @@ def group_attention(
     number, width = prompt_mask.shape
     kv_heads, head_dim = keys.shape[2:]
     each = queries.shape[1] // group_size
-    of_completions = (number, kv_heads, -1, group_size, each, head_dim)
-    queries = _grouped(queries, kv_heads).reshape(of_completions)
+    # [N, K, k, G · S, hd]: the queries that see the same keys stand together.
+    own = (number, kv_heads, group_size, -1, head_dim)
+    split = _grouped(queries, kv_heads).reshape(
+        number, kv_heads, -1, group_size, each, head_dim
+    )
+    scaled = split.swapaxes(2, 3) * jnp.asarray(config.scale, queries.dtype)
     keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
-    own = (number, kv_heads, group_size, each, head_dim)
-    own_keys = keys[:, :, width:].reshape(own)
-    own_values = values[:, :, width:].reshape(own)
-    queries = queries * jnp.asarray(config.scale, queries.dtype)
-    scores = jnp.concatenate(
-        [
-            _product("bkgnsd,bktd->bkgnst", queries, keys[:, :, :width]),
-            _product("bkgnsd,bkntd->bkgnst", queries, own_keys),
-        ],
-        axis=-1,
+    out = _shared(
+        scaled.reshape(own),
+        (keys[:, :, :width], values[:, :, :width]),
+        (keys[:, :, width:].reshape(own), values[:, :, width:].reshape(own)),
+        prompt_mask,
+        config,
     )
-    if config.softcap is not None:
-        scores = config.softcap * jnp.tanh(scores / config.softcap)
-    causal = jnp.tril(jnp.ones((each, each), bool))
-    mask = jnp.concatenate(
-        [
-            jnp.broadcast_to(prompt_mask[:, None], (number, each, width)),
-            jnp.broadcast_to(causal, (number, each, each)),
-        ],
-        axis=-1,
-    )
-    mask = mask[:, None, None, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, _MASKED), axis=-1)
-    weights = weights.astype(values.dtype)
-    out = jnp.einsum("bkgnst,bktd->bkgnsd", weights[..., :width], values[:, :, :width])
-    out += jnp.einsum("bkgnst,bkntd->bkgnsd", weights[..., width:], own_values)
+    out = out.reshape(split.swapaxes(2, 3).shape).swapaxes(2, 3)
     return _ungrouped(out.reshape(number, kv_heads, -1, group_size * each, head_dim))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _shared(queries, prompt, own, prompt_mask, config: AttentionConfig) -> jax.Array:
+    """[N, K, k, G · S, hd] scaled queries over the prompt's keys and values [N, K, P, hd] and their own [N, K, k, S, hd].
+
+    The gradient is written out as in `_blocks`, for the same reasons.
+    """
+    return _shared_forward(queries, prompt, own, prompt_mask, config)[0]
+
+
+def _shared_forward(queries, prompt, own, prompt_mask, config: AttentionConfig):
+    scores, _ = _shared_scores(queries, prompt, own, prompt_mask, config)
+    most = jnp.maximum(*(jnp.max(part, axis=-1, keepdims=True) for part in scores))
+    weights = [jnp.exp(part - most) for part in scores]
+    sums = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
+    of_prompt, of_own = (part.astype(queries.dtype) for part in weights)
+    out = _product("bkist,bktd->bkisd", of_prompt, prompt[1])
+    out += _product("bkist,bkitd->bkisd", of_own, own[1])
+    out = (out / sums).astype(queries.dtype)
+    return out, (queries, prompt, own, prompt_mask, out, most + jnp.log(sums))
+
+
+def _shared_backward(config: AttentionConfig, kept, g):
+    queries, prompt, own, prompt_mask, out, log_sum = kept
+    scores, slopes = _shared_scores(queries, prompt, own, prompt_mask, config)
+    of_prompt, of_own = (jnp.exp(part - log_sum) for part in scores)
+    dots = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    moves = [
+        of_prompt * (_product("bkisd,bktd->bkist", g, prompt[1]) - dots),
+        of_own * (_product("bkisd,bkitd->bkist", g, own[1]) - dots),
+    ]
+    if slopes is not None:
+        moves = [move * slope for move, slope in zip(moves, slopes)]
+    to_prompt, to_own = (move.astype(queries.dtype) for move in moves)
+    of_prompt, of_own = (part.astype(g.dtype) for part in (of_prompt, of_own))
+    of_queries = _product("bkist,bktd->bkisd", to_prompt, prompt[0])
+    of_queries += _product("bkist,bkitd->bkisd", to_own, own[0])
+    of_prompt = (
+        _product("bkist,bkisd->bktd", to_prompt, queries),
+        _product("bkist,bkisd->bktd", of_prompt, g),
+    )
+    of_own = (
+        _product("bkist,bkisd->bkitd", to_own, queries),
+        _product("bkist,bkisd->bkitd", of_own, g),
+    )
+    like = (queries, prompt, own)
+    found = (of_queries, of_prompt, of_own)
+    return (*jax.tree.map(lambda x, y: x.astype(y.dtype), found, like), None)
+
+
+_shared.defvjp(_shared_forward, _shared_backward)
+
+
+def _shared_scores(queries, prompt, own, prompt_mask, config: AttentionConfig):
+    """Masked scores f32[N, K, k, G · S, P] and [N, K, k, G · S, S]; how much the soft cap slowed each, or None."""
+    each = own[0].shape[3]
+    # Query g · S + s is the s-th of its completion.
+    causal = np.tile(np.tri(each, dtype=bool), (queries.shape[3] // each, 1))
+    scores = [
+        _product("bkisd,bktd->bkist", queries, prompt[0]),
+        _product("bkisd,bkitd->bkist", queries, own[0]),
+    ]
+    slopes = None
+    if config.softcap is not None:
+        bent = [jnp.tanh(part / config.softcap) for part in scores]
+        scores = [config.softcap * part for part in bent]
+        slopes = [1 - jnp.square(part) for part in bent]
+    masks = (prompt_mask[:, None, None, None], causal)
+    return [jnp.where(m, part, _MASKED) for m, part in zip(masks, scores)], slopes
 
 
 def _grouped(queries: jax.Array, num_kv_heads: int) -> jax.Array:

@@ -28,7 +28,7 @@ def stage(kind="add", parents=(), code="code", label="a stage", **inputs) -> Sta
 
 
 def work(marks: pathlib.Path, stage: Stage, store: Store, report) -> dict:
-    """Adds its parents' results to its own input, and notes that it did; by kind, it fails, dies or talks on."""
+    """Adds its parents' results to its own input, and notes that it did; by kind, it fails, dies, talks on or says nothing for long."""
     total = stage.inputs["value"]
     for parent in stage.parents:
         total += store.result(parent)["total"]
@@ -43,6 +43,8 @@ def work(marks: pathlib.Path, stage: Stage, store: Store, report) -> dict:
             time.sleep(0.25)
             if (marks / "mended").exists():
                 break
+    if stage.kind == "nap":
+        time.sleep(2)
     report(1, 1, {})
     (marks / f"{stage.inputs['value']}-{time.time_ns()}").touch()
     return {"total": total}
@@ -160,6 +162,21 @@ def test_a_killed_process_is_noticed_while_others_talk_on(store, marks):
     (marks / "mended").touch()
     run_stages([talker, victim], store, perform, workers=2, watch=Watch())
     assert store.result(victim)["total"] == 2
+
+
+def test_two_processes_do_not_compile_the_same_programs_at_once(store, marks):
+    perform = functools.partial(work, marks)
+    one, twin, other = (
+        dataclasses.replace(stage("nap", value=value), place=(value, 0, arm, 0))
+        for value, arm in ((1, "DPO"), (2, "DPO"), (3, "RLOO"))
+    )
+    run_stages([one, twin, other], store, perform, workers=2, watch=Watch())
+    ended = [path.name.split("-")[0] for path in sorted(marks.iterdir(), key=mark_time)]
+    assert ended[2] == "2"
+
+
+def mark_time(path: pathlib.Path) -> int:
+    return int(path.name.split("-")[1])
 
 
 def test_one_process_at_a_time_works_in_a_directory(store):
