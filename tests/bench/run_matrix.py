@@ -34,7 +34,7 @@ PEERS = {
             "rm": ["", "compile"],
             "dpo": ["", "compile", "precompute"],
             "gen": ["", "static"],
-            "online": ["", "rloo", "odpo"],
+            "online": ["", "compile", "rloo", "odpo"],
         },
     ),
     "tunix": (
