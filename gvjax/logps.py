@@ -12,6 +12,11 @@ from gvjax import masked
 KEPT_LOGITS = 2**25
 """As many logits as are computed in one piece where nobody says otherwise."""
 
+_PIECES, _SMALLEST = 4, 256
+"""Into how many pieces what would be one is cut where only some positions are scored, of how many positions at least: with
+completions of 128 tokens behind prompts of 512, a vocabulary of 8192 took a CPU 721 ms in one piece, 195 in 4 and 231 in 8;
+where every position is scored 718, 693 and 789."""
+
 
 def token_logps(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Log-probability of every token given those before it.
@@ -40,11 +45,13 @@ def chunked_token_logps(
     *,
     chunk_size: int | None = None,
     logits_fn: Callable[[jax.Array], jax.Array] | None = None,
+    scored: jax.Array | None = None,
 ) -> jax.Array:
     """`token_logps(hidden @ unembed, tokens)`, never holding more than a chunk of the logits.
 
     Positions are flattened to `[B·(T − 1), D]` and walked through in chunks of one size; each chunk's logits are
-    recomputed in the backward pass, so peak memory is `chunk_size · V` floats in both directions.
+    recomputed in the backward pass, so peak memory is `chunk_size · V` floats in both directions. Where only some positions
+    are scored these go in front, and the chunks behind the last of them are left out.
 
     Args:
       hidden: [B, T, D], final hidden states; position t predicts token t + 1. The last predicts nothing and may be left
@@ -55,6 +62,7 @@ def chunked_token_logps(
         is as many as have 2²⁵ logits (128 MiB), at least 1024: recomputing costs a product more, so what is small is
         kept.
       logits_fn: what to do to the float32 logits of a chunk (a soft cap, say); None leaves them.
+      scored: bool[B, T], the tokens whose log-probability is asked for; the others get 0. None: all.
 
     Returns:
       f32[B, T], nats, aligned to `tokens`; column 0 is 0.
@@ -82,19 +90,53 @@ def chunked_token_logps(
             logits if logits_fn is None else logits_fn(logits), targets
         )
 
-    if predicted <= chunk_size:
-        return _align(logps_of(states, targets).reshape(batch, length - 1))
-
+    kept = predicted <= chunk_size
     # The fewest chunks that will do, of one size: filling the last one up to `chunk_size` could double the work.
     chunks = -(-predicted // chunk_size)
-    chunk_size = -(-predicted // chunks)
-    padding = chunks * chunk_size - predicted
-    states = jnp.pad(states, ((0, padding), (0, 0))).reshape(chunks, chunk_size, width)
-    targets = jnp.pad(targets, (0, padding)).reshape(chunks, chunk_size)
-    logps = jax.lax.map(
-        lambda chunk: jax.checkpoint(logps_of)(*chunk), (states, targets)
+    wanted = None
+    if scored is not None:
+        chex.assert_equal_shape([tokens, scored])
+        wanted = scored[:, 1:].reshape(predicted)
+        if kept:
+            chunks = max(1, min(_PIECES, predicted // _SMALLEST))
+
+    def aligned(logps: jax.Array) -> jax.Array:
+        if wanted is not None:
+            logps = jnp.where(wanted, logps, 0.0)
+        return _align(logps.reshape(batch, length - 1))
+
+    if chunks == 1:
+        return aligned(logps_of(states, targets))
+    if wanted is None:
+        in_front = jnp.ones(predicted, bool)
+    else:
+        order = jnp.argsort(~wanted, stable=True)
+        places = jnp.argsort(order)
+        states, targets = _reordered(states, order, places), targets[order]
+        in_front = wanted[order]
+    size = -(-predicted // chunks)
+    padding = chunks * size - predicted
+    parts = (
+        jnp.pad(states, ((0, padding), (0, 0))).reshape(chunks, size, width),
+        jnp.pad(targets, (0, padding)).reshape(chunks, size),
+        jnp.pad(in_front, (0, padding)).reshape(chunks, size),
     )
-    return _align(logps.reshape(-1)[:predicted].reshape(batch, length - 1))
+
+    def chunk_logps(states, targets, in_front):
+        if wanted is None:
+            return logps_of(states, targets)
+        return jax.lax.cond(
+            in_front[0], logps_of, lambda *_: jnp.zeros(size), states, targets
+        )
+
+    if kept:
+        pieces = [chunk_logps(*(part[i] for part in parts)) for i in range(chunks)]
+        logps = jnp.concatenate(pieces)
+    else:
+        again = jax.checkpoint(chunk_logps)
+        logps = jax.lax.map(lambda chunk: again(*chunk), parts).reshape(-1)
+    logps = logps[:predicted]
+    return aligned(logps if wanted is None else logps[places])
 
 
 def logps_from_logits(
@@ -193,6 +235,18 @@ def _picked_logps(logits: jax.Array, targets: jax.Array) -> jax.Array:
     logits = masked.at_least_float32(logits)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+@jax.custom_vjp
+def _reordered(rows: jax.Array, order: jax.Array, places: jax.Array) -> jax.Array:
+    """rows[order], where order[places] counts up: so the gradient can be looked up too, and is not scattered."""
+    return rows[order]
+
+
+_reordered.defvjp(
+    lambda rows, order, places: (rows[order], places),
+    lambda places, g: (g[places], None, None),
+)
 
 
 def _align(logps: jax.Array) -> jax.Array:

@@ -1,8 +1,10 @@
-"""What JAX is told before it starts, in one place: where compiled programs are kept, and what a GPU is asked for.
+"""What JAX is told before it starts, in one place: where compiled programs are kept, what a GPU is asked for, and that
+memory on a CPU is kept.
 
 Whatever the user has set stands. Children inherit it: everything is said in the environment too.
 """
 
+import ctypes
 import hashlib
 import importlib.util
 import logging
@@ -30,6 +32,18 @@ GPU_OPTIMISATION = ("JAX_OPTIMIZATION_LEVEL", "O1")
 """Collectives overlap with computing, loops are double-buffered: what many single flags used to ask for. On other
 platforms it would change nothing, or only how long compiling takes."""
 
+KEPT_MEMORY = {
+    "MALLOC_ARENA_MAX": (-8, 1),
+    "MALLOC_MMAP_MAX_": (-4, 0),
+    "MALLOC_TRIM_THRESHOLD_": (-1, -1),
+}
+"""By the name of its environment variable, what glibc's `mallopt` is told: its number there, and a value.
+
+A step asks for all its temporary memory at once and gives it back. By default that goes to the system and back, one page
+fault for every 4 KiB: 0.17 of the 0.68 CPU-seconds of a small network's SFT step. One arena, or the threads of JAX would
+keep to arenas of their own, which no large block fits in.
+"""
+
 
 def configure(
     environment: Environment = os.environ, *, keep_programs: bool = True
@@ -42,6 +56,8 @@ def configure(
     """
     if keep_programs:
         _keep_programs(environment)
+    if not wants_accelerator(environment):
+        _keep_memory(environment)
     if wants_gpu(environment):
         environment.setdefault(*GPU_MEMORY)
         name, level = GPU_OPTIMISATION
@@ -59,6 +75,14 @@ def wants_gpu(environment: Environment) -> bool:
         return False
     plugins = ("xla_cuda12", "xla_cuda13", "xla_rocm60", "xla_rocm7")
     return any(importlib.util.find_spec(f"jax_plugins.{each}") for each in plugins)
+
+
+def wants_accelerator(environment: Environment) -> bool:
+    """Whether JAX is going to use anything but the CPU."""
+    named = environment.get("JAX_PLATFORMS", "")
+    if named:
+        return named != "cpu"
+    return wants_gpu(environment) or importlib.util.find_spec("libtpu") is not None
 
 
 def default_cache(environment: Environment) -> pathlib.Path:
@@ -90,6 +114,17 @@ def _keep_programs(environment: Environment) -> None:
         return
     environment[CACHE_DIR] = str(directory)
     jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _keep_memory(environment: Environment) -> None:
+    """Has glibc keep what is freed; other libraries of C have no `mallopt`, and are left alone."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    library = ctypes.CDLL(None)
+    for name, (parameter, value) in KEPT_MEMORY.items():
+        if name not in environment:
+            environment[name] = str(value)
+            library.mallopt(parameter, value)
 
 
 def _processor() -> str:

@@ -173,7 +173,11 @@ class ActorCriticBatch:
 
 
 class LogpsFn(Protocol):
-    """Token log-probabilities: `[b, t]` is log p(tokens[b, t] | tokens[b, :t]) in nats; column 0 is 0."""
+    """Token log-probabilities: `[b, t]` is log p(tokens[b, t] | tokens[b, :t]) in nats; column 0 is 0.
+
+    A model may take two more by name: `segments` int32[B, T] of packed rows, without which it cannot be given any, and
+    `scored` bool[B, T], the tokens that will be looked at: the others need not be worked out.
+    """
 
     def __call__(self, params: Params, tokens: jax.Array, /) -> jax.Array: ...
 

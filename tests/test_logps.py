@@ -87,6 +87,52 @@ class ChunkedTest(chex.TestCase):
             )
 
 
+class ScoredTest(parameterized.TestCase):
+    """320 · 2 positions are cut into two pieces, or with a chunk size into more."""
+
+    def setUp(self):
+        super().setUp()
+        rng = np.random.default_rng(0)
+        self.hidden = jnp.asarray(rng.normal(size=(2, 321, 4)), jnp.float32)
+        self.unembed = jnp.asarray(rng.normal(size=(4, 7)), jnp.float32)
+        self.tokens = jnp.asarray(rng.integers(0, 7, (2, 321)), jnp.int32)
+        self.weights = jnp.asarray(rng.normal(size=(2, 321)), jnp.float32)
+
+    def gradients(self, scored, **options):
+        def total(hidden, unembed):
+            result = logps.chunked_token_logps(
+                hidden, unembed, self.tokens, scored=scored, **options
+            )
+            return jnp.sum(result * self.weights), result
+
+        grad = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+        return jax.jit(grad)(self.hidden, self.unembed)
+
+    @parameterized.product(chunk_size=[None, 100], share=[0.0, 0.3, 1.0])
+    def test_what_is_scored_is_what_it_was_and_the_rest_is_0(self, chunk_size, share):
+        scored = np.random.default_rng(1).random((2, 321)) < share
+        ((_, found), found_grads) = self.gradients(
+            jnp.asarray(scored), chunk_size=chunk_size
+        )
+        all_logps = logps.chunked_token_logps(self.hidden, self.unembed, self.tokens)
+        expected = np.where(scored, all_logps, 0.0)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        self.weights = jnp.where(scored, self.weights, 0.0)
+        _, expected_grads = self.gradients(None)
+        chex.assert_trees_all_close(found_grads, expected_grads, atol=1e-5)
+
+    @parameterized.parameters((None, 0), (None, 320), (100, 92))
+    def test_chunks_of_nothing_scored_are_never_run(self, chunk_size, count):
+        """What is not scored is not a number, and just fills the chunks behind: it would turn the gradient into it."""
+        places = np.random.default_rng(2).permutation(2 * 320)[:count]
+        scored = np.zeros((2, 321), bool)
+        scored[places // 320, 1 + places % 320] = True
+        read = jnp.asarray(np.pad(scored[:, 1:], ((0, 0), (0, 1))))
+        self.hidden = jnp.where(read[..., None], self.hidden, jnp.nan)
+        results = self.gradients(jnp.asarray(scored), chunk_size=chunk_size)
+        chex.assert_tree_all_finite(results)
+
+
 class LowPrecisionTest(chex.TestCase):
     def test_bfloat16_inputs_give_float32_logps(self):
         rng = np.random.default_rng(0)

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -38,7 +39,8 @@ def test_programs_are_kept_in_the_users_cache(tmp_path):
     [{"JAX_COMPILATION_CACHE_DIR": "/mine"}, {"JAX_ENABLE_COMPILATION_CACHE": "false"}],
 )
 def test_what_the_user_says_of_it_stands(given, tmp_path):
-    environment = {**given, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    environment = {**given, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cuda"}
+    environment |= dict([runtime.GPU_MEMORY, runtime.GPU_OPTIMISATION])
     before = dict(environment)
     runtime.configure(environment)
     assert environment == before
@@ -71,6 +73,55 @@ def test_what_the_user_asks_of_a_gpu_stands():
     environment = dict(given)
     runtime.configure(environment, keep_programs=False)
     assert environment == given
+
+
+def test_freed_memory_is_kept_for_the_next_step():
+    """A program with 64 MB of temporary memory: its third run finds them where the second left them."""
+    code = """
+import resource, sys
+import jax, jax.numpy as jnp
+from gvjax import runtime
+if sys.argv[1:]:
+    runtime.configure(keep_programs=False)
+program = jax.jit(lambda x: jnp.cos(x @ x.T) @ x)
+x = jnp.zeros((2**12, 8))
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    program(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = {
+        name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ
+    }
+    environment["JAX_PLATFORMS"] = "cpu"
+
+    def faults(*arguments: str) -> int:
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert faults("configured") < 1000 < faults()
+
+
+def test_what_the_user_says_of_malloc_stands(monkeypatch):
+    told = []
+    library = types.SimpleNamespace(mallopt=lambda *arguments: told.append(arguments))
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(runtime.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    environment = {"JAX_PLATFORMS": "cpu", "MALLOC_ARENA_MAX": "4"}
+    runtime.configure(environment, keep_programs=False)
+    assert environment.pop("MALLOC_ARENA_MAX") == "4"
+    assert told == [
+        runtime.KEPT_MEMORY[name] for name in environment if name != "JAX_PLATFORMS"
+    ]
+    assert len(told) == 2
+    # A child finds them in its environment, and glibc has read them there.
+    runtime.configure(environment | {"MALLOC_ARENA_MAX": "4"}, keep_programs=False)
+    assert len(told) == 2
+    runtime.configure({"JAX_PLATFORMS": "cuda"}, keep_programs=False)
+    assert len(told) == 2
 
 
 @pytest.mark.parametrize(

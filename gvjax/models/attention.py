@@ -320,7 +320,9 @@ def _blocks_forward(queries, keys, values, segments, config: AttentionConfig):
 
 def _blocks_backward(config: AttentionConfig, kept, g):
     queries, keys, values, segments, out, log_sum = kept
-    dots = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    # A product with ones: the sum over so short an axis takes a CPU longer, and once more for every score.
+    ones = jnp.ones((g.shape[-1], 1), jnp.float32)
+    dots = jnp.matmul(g.astype(jnp.float32) * out, ones, precision="highest")
     of_queries = []
     of_keys = jnp.zeros(keys.shape, jnp.float32)
     of_values = jnp.zeros(values.shape, jnp.float32)
@@ -335,12 +337,9 @@ def _blocks_backward(config: AttentionConfig, kept, g):
             of_scores = of_scores * slope
         of_scores = of_scores.astype(keys.dtype)
         of_queries.append(_product("bkgst,bktd->bkgsd", of_scores, keys[old]))
-        of_keys = of_keys.at[old].add(
-            _product("bkgst,bkgsd->bktd", of_scores, queries[new])
-        )
-        of_values = of_values.at[old].add(
-            _product("bkgst,bkgsd->bktd", weights.astype(g.dtype), g[new])
-        )
+        of_keys = of_keys.at[old].add(_gathered(of_scores, queries[new]))
+        weights = weights.astype(g.dtype)
+        of_values = of_values.at[old].add(_gathered(weights, g[new]))
     return (
         _joined(of_queries).astype(queries.dtype),
         of_keys.astype(keys.dtype),
@@ -398,6 +397,15 @@ def _scores(queries, keys, segments, block: _Span, config: AttentionConfig):
 
 def _product(spec: str, one: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.einsum(spec, one, other, preferred_element_type=jnp.float32)
+
+
+def _gathered(weights: jax.Array, of_queries: jax.Array) -> jax.Array:
+    """f32[B, K, T, hd]: what all queries [B, K, G, S, hd] hand to each key, by weights [B, K, G, S, T].
+
+    The transposed product comes first: the narrow operand is then the one that is turned, and not the weights.
+    """
+    product = _product("bkgsd,bkgst->bkdt", of_queries, weights)
+    return jax.lax.optimization_barrier(product).swapaxes(2, 3)
 
 
 def _joined(blocks: list[jax.Array]) -> jax.Array:

@@ -14,6 +14,7 @@ References:
 """
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -143,9 +144,11 @@ def merge(params: Params, adapters: Params, config: LoraConfig) -> Params:
 def adapter_logps_fn(logps_fn: LogpsFn, config: LoraConfig) -> LogpsFn:
     """A LogpsFn of `{"base": ..., "lora": ...}` that has a gradient to the adapters only."""
 
-    def adapter_logps(params, tokens, *rest):
+    # What more it takes (`segments`, `scored`) is what the model takes.
+    @functools.wraps(logps_fn)
+    def adapter_logps(params, tokens, *rest, **more):
         base = jax.lax.stop_gradient(params["base"])
-        return logps_fn(apply(base, params["lora"], config), tokens, *rest)
+        return logps_fn(apply(base, params["lora"], config), tokens, *rest, **more)
 
     return adapter_logps
 

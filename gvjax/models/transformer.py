@@ -58,6 +58,8 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
 }
 _DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "dots", "full")
+"""What the backward pass may recompute, from nothing to all: less memory, and more time, each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +210,7 @@ class ModelConfig:
             ("norm", ("rms", "layer")),
             ("activation", tuple(_ACTIVATIONS)),
             ("dtype", _DTYPES),
-            ("remat", ("none", "dots", "full")),
+            ("remat", REMAT),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -619,15 +621,17 @@ def token_logps_fn(
       mesh, platform: as for `hidden`.
 
     Returns:
-      `(params, tokens int32[B, T], segments int32[B, T] | None = None) -> f32[B, T]`, nats, aligned to tokens. The first
-      token of every row, and of every segment, gets 0: nothing predicts it.
+      `(params, tokens int32[B, T], segments int32[B, T] | None = None, scored bool[B, T] | None = None) -> f32[B, T]`,
+      nats, aligned to tokens. The first token of every row, and of every segment, gets 0: nothing predicts it. So may
+      tokens that are not scored.
     """
 
     # The last token predicts nothing. On a CPU it need not be run; accelerators prefer lengths that are powers of two.
-    drop_last = platform_of(mesh, platform) in (None, "cpu")
+    # Nor need there be logits of what is not scored: accelerators would wait for each such decision.
+    on_cpu = platform_of(mesh, platform) in (None, "cpu")
 
-    def logps_fn(params, tokens, segments=None):
-        stop = tokens.shape[1] - 1 if drop_last and tokens.shape[1] > 1 else None
+    def logps_fn(params, tokens, segments=None, scored=None):
+        stop = tokens.shape[1] - 1 if on_cpu and tokens.shape[1] > 1 else None
         states = hidden(
             config,
             params,
@@ -636,7 +640,15 @@ def token_logps_fn(
             mesh=mesh,
             platform=platform,
         )
-        result = logps_of_states(config, params, states, tokens, chunk_size, mesh=mesh)
+        result = logps_of_states(
+            config,
+            params,
+            states,
+            tokens,
+            chunk_size,
+            scored=scored if on_cpu else None,
+            mesh=mesh,
+        )
         if segments is None:
             return result
         starts = segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
@@ -652,6 +664,7 @@ def logps_of_states(
     tokens: jax.Array,
     chunk_size: int | None = None,
     *,
+    scored: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """`logps.chunked_token_logps` of hidden states under this model's unembedding and soft cap.
@@ -660,22 +673,28 @@ def logps_of_states(
     lie on a few devices each, and be gathered from them one after the other. The vocabulary stays with the compiler, which
     splits it over `tensor`.
     """
-    of_states = functools.partial(
-        logps.chunked_token_logps,
-        chunk_size=chunk_size,
-        logits_fn=lambda logits: _softcap(logits, config.logit_softcap),
-    )
+
+    def of_states(states, matrix, tokens, scored):
+        return logps.chunked_token_logps(
+            states,
+            matrix,
+            tokens,
+            chunk_size=chunk_size,
+            logits_fn=lambda logits: _softcap(logits, config.logit_softcap),
+            scored=scored,
+        )
+
     if mesh is not None and mesh.shape["data"] * mesh.shape["fsdp"] > 1:
         rows = P(("data", "fsdp"))
         of_states = jax.shard_map(
             of_states,
             mesh=mesh,
-            in_specs=(rows, P(), rows),
+            in_specs=(rows, P(), rows, rows),
             out_specs=rows,
             axis_names={"data", "fsdp"},
             check_vma=False,
         )
-    return of_states(states, unembedding(config, params), tokens)
+    return of_states(states, unembedding(config, params), tokens, scored)
 
 
 # Decoding.

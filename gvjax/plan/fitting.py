@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gvjax import config, sharding
+from gvjax.models.transformer import REMAT
 from gvjax.plan.compiling import Compiled, Compiler
 from gvjax.plan.programs import Program, Stage, stage_of
 from gvjax.plan.targets import Target
@@ -229,10 +230,11 @@ def _remedies(
     model, mesh = settings.model, settings.mesh
     changes: list[tuple[str, dict, config.MeshSection]] = []
     fields: list[str] = []
-    if ground.model.remat != "full":
-        fields.append("model.remat=full")
-        model = {**model, "remat": "full"}
-        changes.append((" ".join(fields), model, mesh))
+    # The cheapest first: what recomputes less takes less time.
+    for policy in REMAT[REMAT.index(ground.model.remat) + 1 :]:
+        fields = [f"model.remat={policy}"]
+        model = {**model, "remat": policy}
+        changes.append((fields[0], model, mesh))
     if ground.mesh.shape["data"] > 1:
         fields += ["mesh.data=1", "mesh.fsdp=-1"]
         mesh = mesh.model_copy(update={"data": 1, "fsdp": -1})

@@ -253,6 +253,7 @@ def of_params(model: Any, change: Callable[[Params], Params]) -> Any:
             plain=of_params(model.plain, change),
         )
 
+    @functools.wraps(model)
     def logps_fn(params, *rest, **options):
         return model(change(params), *rest, **options)
 

@@ -1,6 +1,7 @@
 """What the steps read off a batch of sequences: token log-probabilities, their sums, and which of them count."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 
 import chex
@@ -65,10 +66,10 @@ def completion_logps(
 ) -> jax.Array:
     """f32[B, T]: log-probabilities of the completion tokens, nats, 0 elsewhere.
 
-    Packed sequences need a model that also takes `segments`.
+    Packed sequences need a model that also takes `segments`. One that takes `scored` is told which tokens count.
     """
     check_sequences(batch=batch)
-    tokens = jnp.asarray(batch.tokens)
+    tokens, scored = jnp.asarray(batch.tokens), predicted_mask(batch)
     shared = None
     if isinstance(logps_fn, SharedPrompts):
         if batch.segments is None and logps_fn.pays(tokens.shape[1]):
@@ -76,17 +77,20 @@ def completion_logps(
         logps_fn = logps_fn.plain
     if shared is not None:
         logps = shared
-    elif batch.segments is None:
-        logps = logps_fn(params, tokens)
     else:
-        packed: Callable[..., jax.Array] = logps_fn
-        logps = packed(params, tokens, segments=jnp.asarray(batch.segments))
+        more: dict[str, jax.Array] = {}
+        if batch.segments is not None:
+            more["segments"] = jnp.asarray(batch.segments)
+        if "scored" in inspect.signature(logps_fn).parameters:
+            more["scored"] = scored
+        model: Callable[..., jax.Array] = logps_fn
+        logps = model(params, tokens, **more)
     if logps.shape != tokens.shape:
         raise ValueError(
             f"the model returned log-probabilities of shape {logps.shape} for tokens of shape {tokens.shape}; return"
             " one a token, 0 in column 0 (`logps_from_logits` makes them of a forward pass)"
         )
-    return masked.select(logps, predicted_mask(batch))
+    return masked.select(logps, scored)
 
 
 def _shared_logps(

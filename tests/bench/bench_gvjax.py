@@ -19,10 +19,12 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 import gvjax  # noqa: E402
-from gvjax import optim, sampling  # noqa: E402
+from gvjax import optim, runtime, sampling  # noqa: E402
 from gvjax.models import groups, heads, hf, transformer  # noqa: E402
 from gvjax.types import SharedPrompts  # noqa: E402
 
+# As the command does it.
+runtime.configure(keep_programs=False)
 V = a.variants
 config, params = hf.load_policy(a.dir, dtype="bfloat16" if "bf16" in V else "float32")
 config = dataclasses.replace(

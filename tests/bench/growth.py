@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot
 
-from gvjax import sharding
+from gvjax import runtime, sharding
 from gvjax.bench.command import run
 from gvjax.bench.report import Report
 from gvjax.bench.request import Request, Sizes
@@ -222,6 +222,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    runtime.configure(keep_programs=False)
     jax.config.update("jax_enable_compilation_cache", False)
     options.out.mkdir(parents=True, exist_ok=True)
     lines, found = [], []

@@ -34,7 +34,7 @@ PEERS = {
             "rm": ["", "compile"],
             "dpo": ["", "compile", "precompute"],
             "gen": ["", "static"],
-            "online": ["", "rloo", "odpo"],
+            "online": ["", "compile", "rloo", "odpo"],
         },
     ),
     "tunix": (
@@ -59,13 +59,15 @@ STEPS = {
     "llama-30m": {"sft": 5, "rm": 5, "dpo": 5, "gen": 4, "online": 4},
     "smollm2-135m": {"sft": 4, "rm": 4, "dpo": 4, "gen": 3, "online": 3},
 }
-# Large temporaries kept by malloc instead of given back and faulted in again: fair to all, worth most to XLA.
+# Large temporaries kept by malloc instead of given back and faulted in again: fair to all, worth most to XLA, whose threads
+# keep to arenas of their own, which no large block fits in, unless there is one arena.
 ENV = {
     "OMP_NUM_THREADS": "2",
     "MKL_NUM_THREADS": "2",
     "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "-1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
 }

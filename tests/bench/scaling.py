@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How a step's cost grows, CPU-seconds on random tokens: length, DPO and reward against SFT, micro-batches.
+"""How a step's cost grows, CPU-seconds on random tokens: length, DPO and reward against SFT, micro-batches, packed rows.
 
 python scaling.py [--steps 3]          one process, one table; the llama-30m shape, float32
 """
@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 import gvjax
-from gvjax import optim
+from gvjax import optim, runtime
+from gvjax.data import packing
 from gvjax.models import heads, transformer
 
 CONFIG = transformer.ModelConfig(
@@ -46,7 +47,21 @@ def sequences(rng, rows: int, length: int, start: int) -> gvjax.SequenceBatch:
     return gvjax.SequenceBatch(tokens, mask)
 
 
+def packed_rows(rng, rows: int) -> gvjax.SequenceBatch:
+    """Some of the rows that 400 sequences of 64 to LENGTH tokens are packed into."""
+    lengths = rng.integers(64, LENGTH + 1, 400)
+    bins = packing.pack(lengths, LENGTH)
+    segments = np.zeros((rows, LENGTH), np.int32)
+    for row, which in enumerate(rng.permutation(len(bins))[:rows]):
+        each = lengths[list(bins[which])]
+        numbers = np.repeat(1 + np.arange(len(each)), each)
+        segments[row, : len(numbers)] = numbers
+    tokens = rng.integers(3, CONFIG.vocab_size, segments.shape, dtype=np.int32)
+    return gvjax.SequenceBatch(tokens, segments > 0, segments)
+
+
 def main():
+    runtime.configure(keep_programs=False)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3)
     steps = parser.parse_args().steps
@@ -61,6 +76,10 @@ def main():
     usual = sft(2, LENGTH)
     long = sft(1, LONG)
     micro = sft(4, LENGTH, num_microbatches=2)
+    packed = packed_rows(rng, 4)
+    make = functools.partial(gvjax.make_supervised_step, logps_fn)
+    real = int(packed.completion_mask.sum())
+    packed_token = measured(make, params, packed, steps) / real
     halves = [sequences(rng, 1, LENGTH, PROMPT) for _ in range(2)]
     zero = np.zeros(1, np.float32)
     pair = gvjax.PreferenceBatch(*halves, zero, zero)
@@ -81,11 +100,17 @@ def main():
         steps,
     )
     per_token = usual / (2 * LENGTH)
+    print("| | measured | bar |\n|---|---|---|")
     for name, value, bar in (
         (f"a token at {LONG} over one at {LENGTH}", long / LONG / per_token, 1.15),
         ("DPO (reference included) over SFT", dpo / usual, 1.35),
         ("reward over SFT", reward / usual, 1.0),
         ("2 micro-batches over 2 steps", micro / (2 * usual), 1.03),
+        (
+            "a token of packed rows over one of full ones",
+            packed_token / per_token,
+            1 / 0.9,
+        ),
     ):
         print(f"| {name} | {value:.2f} | {bar:.2f} |", flush=True)
     print(f"SFT step of 2 x {LENGTH} tokens: {usual:.2f} CPU-s")

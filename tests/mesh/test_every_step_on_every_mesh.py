@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -289,3 +290,24 @@ def test_not_a_number_is_skipped_on_a_mesh():
 
 def batch_split(ground):
     return sharding.batch_sharding(ground.mesh)
+
+
+def test_every_shard_leaves_out_its_own_chunks():
+    """Some shards have nothing to score, some little: the same numbers and gradient as on one device."""
+    tokens = random_tokens(0)
+    scored = sequences(0).completion_mask & (np.arange(ROWS) < ROWS // 2)[:, None]
+    weights = np.random.default_rng(8).normal(size=tokens.shape).astype(np.float32)
+
+    def on(ground):
+        logps_fn = transformer.token_logps_fn(MODEL, chunk_size=8, mesh=ground.mesh)
+
+        def total(params, tokens, scored):
+            logps = logps_fn(params, tokens, scored=scored)
+            return jnp.sum(logps * weights), logps
+
+        grad = jax.jit(jax.grad(total, has_aux=True))
+        return jax.device_get(grad(placed(ground)[0], *ground.put((tokens, scored))))
+
+    found, expected = on(ground_on(MESHES["2x2x2"])), on(ground_on((1, 1, 1)))
+    assert (expected[1][scored][:, None] < 0).all() and not expected[1][~scored].any()
+    chex.assert_trees_all_close(found, expected, atol=1e-5)

@@ -113,21 +113,24 @@ def test_a_tensor_axis_over_hosts_is_refused():
 class FakePart:
     """A recipe whose stages are named by what was changed about them."""
 
-    section = config.DpoSection(batch_size=64)
+    def __init__(self, rows=64):
+        self.rows = rows
+        self.section = config.DpoSection(batch_size=rows)
 
     def stage(self, ground, **changes):
-        made = {"batch_size": 64, "num_microbatches": 1, **changes}
+        made = {"batch_size": self.rows, "num_microbatches": 1, **changes}
         name = f"{made['batch_size']} {made['num_microbatches']} {ground.model.remat}"
         return programs.Stage(name, {}, (), ("batch_size", made["batch_size"]))
 
 
 @pytest.fixture
 def gib_a_row(monkeypatch):
-    """A GiB for every row of a micro-batch, half of it with remat, of 16."""
+    """A GiB for every row of a micro-batch, three quarters of it or half with remat, of 16."""
 
     def planned(stage, compiler, target):
         rows, slices, remat = stage.name.split()
-        peak = int(rows) * 2**30 // int(slices) // (2 if remat == "full" else 1)
+        share = {"none": 1.0, "dots": 0.75, "full": 0.5}[remat]
+        peak = int(share * int(rows) * 2**30) // int(slices)
         row = fitting.Row(None, Compiled(peak), 0)
         return fitting.Planned(stage, (row,), 16 * 2**30)
 
@@ -138,7 +141,17 @@ def test_the_largest_batch_is_found_by_bisection(ground, gib_a_row):
     assert fitting._largest_batch(FakePart(), ground, None, None) == ("batch_size", 16)
 
 
-def test_what_would_fit(ground, gib_a_row):
+@pytest.mark.parametrize(
+    ("rows", "expected", "gib"),
+    [
+        # Half of 64 GiB is too much still; in two slices it is 16.
+        (64, "model.remat=full num_microbatches=2", 16),
+        (32, "model.remat=full", 16),
+        # The cheapest that fits.
+        (20, "model.remat=dots", 15),
+    ],
+)
+def test_what_would_fit(ground, gib_a_row, rows, expected, gib):
     def on(model, mesh):
         return ground_of(
             task_of(STUDY.task, 0),
@@ -147,10 +160,9 @@ def test_what_would_fit(ground, gib_a_row):
             devices=jax.devices()[:1],
         ), None
 
-    found = fitting._remedies(FakePart(), STUDY, None, ground, None, on)
-    # Half of 64 GiB is too much still; in two slices it is 16.
-    expected = "model.remat=full num_microbatches=2"
-    assert list(found) == [(expected, 16 * 2**30)]
+    part = FakePart(rows)
+    found = fitting._remedies(part, STUDY, None, ground, None, on)
+    assert list(found) == [(expected, gib * 2**30)]
 
 
 def test_a_refused_program_does_not_fit():
