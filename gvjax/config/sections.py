@@ -168,11 +168,13 @@ class PairsSection(Section):
     Attributes:
       count: pairs, and so labels.
       tau: noise of the labeller of sampled pairs in reward units; the better sample wins with probability σ(Δr / τ).
+      temperature: at which sampled pairs are drawn; above 1 they are broader than what the policy does by itself.
       heldout: further labelled pairs on which scorers are judged, never trained on.
     """
 
     count: Count = 1000
     tau: Positive = 0.2
+    temperature: Positive = 1.0
     heldout: Count = 500
 
 

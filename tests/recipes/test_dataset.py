@@ -512,6 +512,11 @@ REFUSED = {
         {"pairs": {"count": 4, "tau": 0.1}},
         "pairs.tau is given, but dataset ultrafeedback has labelled pairs",
     ),
+    "a temperature of real pairs": (
+        "dpo",
+        {"pairs": {"count": 4, "temperature": 1.5}},
+        "pairs.temperature is given, but dataset ultrafeedback has labelled pairs",
+    ),
     "no number to check": ("sft", {"task": {"gold": "number"}}, "have no answer"),
     "gold that is not there": (
         "sft",
