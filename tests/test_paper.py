@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 TABLE = (ROOT / "configs" / "paper" / "README.md").read_text(encoding="utf-8")
 RUN = sorted((ROOT / "configs" / "results").glob("paper_*.json.gz"))
 CONFIGS = sorted((ROOT / "configs" / "paper").glob("*.yaml"))
+LARGE = sorted((ROOT / "configs" / "paper" / "tldr").glob("*.yaml"))
 
 
 def number(value: float) -> str:
@@ -51,11 +52,15 @@ def test_every_experiment_has_its_command_in_the_table(path):
     assert f"configs/paper/{path.name}`" in TABLE
 
 
-def test_the_two_word_experiment_at_the_papers_scale_is_one_command():
-    overrides = ["run_dir=runs/tldr_two_words", "task.max_completion=4"]
-    assert " ".join(overrides) in TABLE
-    for size in ("1b4", "2b8"):
-        name = f"configs/tldr_pythia_{size}.yaml"
-        assert f"gvjax compare {name}" in TABLE
-        short, long = (config.load(ROOT / name, each) for each in (overrides, []))
-        assert short.task.max_completion == 4 < long.task.max_completion
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_every_experiment_at_the_papers_scale_is_one_command_with_its_values(path):
+    settings = config.load(path)
+    verb = "gap" if isinstance(settings, config.GapConfig) else "compare"
+    assert f"`gvjax {verb} configs/paper/tldr/{path.name}`" in TABLE
+    main = config.load(ROOT / "configs" / "tldr_pythia_1b4.yaml")
+    assert f"gvjax compare configs/{main.study}.yaml" in TABLE
+    assert settings.sft == main.sft and settings.model == main.model
+    if verb == "compare":
+        # What the paper compares is the same everywhere; a hypothesis adds arms.
+        assert main.arms.items() <= settings.arms.items()
+        assert settings.reward == main.reward

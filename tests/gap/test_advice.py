@@ -110,6 +110,21 @@ def test_each_verdict(tier1, tier2, expected, basis):
         )
 
 
+def test_what_is_open_says_what_speaks_for_either_road():
+    ahead = Tier2(5, difference=around(0.14, 0.1), matched_kl=around(0.02, 0.1))
+    advice = advise(PAYS, ahead)
+    assert advice.verdict == OPEN
+    lead = "the online policy's lead in winrate over the best offline one is 0.14 [0.04, 0.24]"
+    assert advice.sentences == (
+        "The intervals leave open which road pays.",
+        f"For “{RL}”: {lead}, above 0.",
+        f"Against “{RL}”: the same lead at equal KL to the SFT policy is 0.02 [−0.08, 0.12], not all above 0.",
+        f"Against “{DPO}”: {lead}, not all below 0.03.",
+    )
+    # Nothing is said of numbers that nobody knows.
+    assert advise(Tier1(3)).sentences == ("The intervals leave open which road pays.",)
+
+
 # (evidence that holds the rule by a hair, the same on the other side of it)
 EDGES = {
     "advantage above 0": (
