@@ -126,6 +126,7 @@ class Tier1:
       peak_distance: nats per completion, mean log-probability under the SFT policy of the gold-best of M samples minus
         that of all.
       length_share: in [0, 1], share of the gold reward's variance that length explains.
+      null_lead: headroom minus that of the best of n by the SFT policy's own log-probability, which learns from no label.
       cue_drop: accuracy on held-out pairs minus that on paraphrased or token-shifted ones: of the DPO policy's implicit reward
         minus of the reward model.
     """
@@ -141,6 +142,7 @@ class Tier1:
     data_multiplier_identified: bool | None = None
     peak_distance: Bounds | None = None
     length_share: Bounds | None = None
+    null_lead: Bounds | None = None
     cue_drop: Bounds | None = None
 
 
@@ -605,6 +607,8 @@ def _not_evidence_of(
     )
     if one.length_share is None:
         lines.append(f"{length}; the share that length explains was not measured.")
+    elif one.length_share.point == 0:
+        lines.append(f"{length}: here it explains nothing of the reward's variance.")
     else:
         lines.append(
             f"{length}: length explains {_shown(one.length_share)} of its variance here."
@@ -618,6 +622,16 @@ def _not_evidence_of(
     else:
         lines.append(
             f"{peak}: the best samples differ from all by {_shown(one.peak_distance)} nats here."
+        )
+    null = (
+        "A gain by choosing with the reward model is not evidence of what it learned from labels where the policy's own"
+        " log-probability, which learned from none, chooses as well"
+    )
+    if one.null_lead is None:
+        lines.append(f"{null}; that was not measured.")
+    else:
+        lines.append(
+            f"{null}: the reward model's lead over it in winrate is {_shown(one.null_lead)} here."
         )
     lines.append("All of it is as good as the gold judge, and says nothing beyond it.")
     return [*lines, *judge_warnings]

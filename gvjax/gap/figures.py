@@ -283,6 +283,9 @@ def xy(
         for x, y, tip in s.marks:
             for px, py in place([(x, y)]):
                 parts.append(marker(s.shape, px, py, f"{s.css} dot faint", 3.2, tip))
+    # Over the seeds' lines, and left of the markers in which curves end.
+    for y, name in rules:
+        parts.append(text(right - 24, y_scale(y) - 6, name, "note halo", "end"))
     for s in series:
         if s.mean:
             parts.append(line(place(s.mean), f"{s.css} thick"))
@@ -290,9 +293,6 @@ def xy(
         for x, y, tip in s.mean_marks:
             for px, py in place([(x, y)]):
                 parts.append(marker(s.shape, px, py, f"{s.css} dot ring", 6.5, tip))
-    # On top, and left of where curves end in their markers.
-    for y, name in rules:
-        parts.append(text(right - 24, y_scale(y) - 6, name, "note halo", "end"))
     return svg(height, label, parts)
 
 

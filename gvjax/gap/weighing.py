@@ -39,6 +39,7 @@ LEVEL = 0.05
 ADVANTAGE = "verifier's lead in likelihood"
 HEADROOM = "gain by choosing with the verifier"
 LEAD = "its lead over choosing with the DPO policy"
+NULL_LEAD = "its lead over choosing with the policy's own log-probability"
 ORACLE = "gain by choosing with a perfect judge"
 EFFICIENCY = "verifier's share of the perfect judge's gain"
 TURN = "verifier's gain at the largest n, less that at the chosen n"
@@ -355,6 +356,8 @@ def _samples(
     add("Q4", HEADROOM, unit, at_n(verifier), margin)
     add("Q4", "gain by choosing with the DPO policy", unit, at_n(policy), margin)
     add("Q4", LEAD, unit, np.subtract(at_n(verifier), at_n(policy)).tolist(), margin)
+    null = np.subtract(at_n(verifier), at_n("own log-probability")).tolist()
+    add("Q4", NULL_LEAD, unit, null, margin)
     add("Q4", ORACLE, unit, at_n("gold"), margin)
     shares = [quantities.efficiency(a, b) for a, b in zip(at_n(verifier), at_n("gold"))]
     reason = "a perfect judge gains next to nothing on some seeds"
@@ -661,6 +664,7 @@ def _advice(
         else multiplier.identified,
         peak_distance=beside(PEAK),
         length_share=beside(LENGTH),
+        null_lead=beside(NULL_LEAD),
         cue_drop=beside(CUES),
     )
     two = None

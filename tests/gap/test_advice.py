@@ -125,6 +125,16 @@ def test_what_is_open_says_what_speaks_for_either_road():
     assert advise(Tier1(3)).sentences == ("The intervals leave open which road pays.",)
 
 
+def test_a_verifier_that_chooses_like_the_policys_own_log_probability_is_pointed_out():
+    lines = advise(change(PAYS, null_lead=around(0.0, 0.02))).not_evidence_of
+    assert any(
+        "its lead" not in line and "0 [−0.02, 0.02] here" in line for line in lines
+    )
+    assert any(
+        "chooses as well; that was not" in n for n in advise(PAYS).not_evidence_of
+    )
+
+
 # (evidence that holds the rule by a hair, the same on the other side of it)
 EDGES = {
     "advantage above 0": (
@@ -483,7 +493,7 @@ def test_what_it_is_not_evidence_of():
     unsure = advise(change(probed, cue_drop=Bounds(0.2, -0.1, 0.3))).not_evidence_of
     assert not any("and here it loses" in line for line in unsure)
     assert isinstance(advise(None, WON), Advice)
-    assert len(advise(None, WON).not_evidence_of) == 5
+    assert len(advise(None, WON).not_evidence_of) == 6
 
 
 def test_simultaneous_bounds():
