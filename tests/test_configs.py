@@ -145,10 +145,16 @@ def localised(data, elsewhere):
         parts["gold"] = str(elsewhere / "judge")
     for name in ("prepared", "reference_logps"):
         parts[name] = str(elsewhere / name)
-    task = {**task, **parts}
-    model = {**data["model"], "checkpoint": str(elsewhere / "model")}
-    sizes = [{"checkpoint": model["checkpoint"]} for _ in data.get("sizes", ())]
-    return {**data, "task": task, "model": model, **({"sizes": sizes} if sizes else {})}
+    here = {"checkpoint": str(elsewhere / "model")}
+    moved: dict = {"task": {**task, **parts}}
+    if "tokenizer" in task:
+        # A network of its own, and another's tokenizer.
+        moved["task"]["tokenizer"] = here["checkpoint"]
+    else:
+        moved["model"] = {**data["model"], **here}
+    if "sizes" in data:
+        moved["sizes"] = [here for _ in data["sizes"]]
+    return {**data, **moved}
 
 
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)

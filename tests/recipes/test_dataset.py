@@ -562,7 +562,7 @@ REFUSED = {
     "gold that is not there": (
         "sft",
         {"task": {"gold": "nowhere"}},
-        "neither number nor puzzle nor a directory",
+        "neither number nor puzzle nor rouge_l nor a directory",
     ),
     "an unknown template": (
         "sft",
