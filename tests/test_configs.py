@@ -229,9 +229,10 @@ def test_the_examples_take_two_steps_one_after_the_other(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        # Most arms, and the largest model.
+        # Most arms, and the largest model; of the smaller ones, real pairs without a gold reward.
         pytest.param(name, marks=pytest.mark.exhaustive)
-        if name in ("tour.yaml", "tldr_pythia_1b4.yaml") or path.parent != ROOT
+        if name in ("tour.yaml", "tldr_pythia_1b4.yaml")
+        or (path.parent != ROOT and name != "gap/hh.yaml")
         else name
         for name, path in zip(NAMES, PATHS)
         # The other size of Pythia and SmolLM2 have the same arms, or fewer.
