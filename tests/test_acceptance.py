@@ -6,10 +6,13 @@ import pathlib
 import numpy as np
 import pytest
 
-from gvjax.gap import contrasts
+from gvjax import config
+from gvjax.gap import contrasts, weighing
+from gvjax.gap.findings import GapFindings
 from gvjax.gap.results import StudyResults
 
-RESULTS = pathlib.Path(__file__).parent.parent / "configs" / "results"
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+RESULTS = CONFIGS / "results"
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +75,54 @@ def test_what_did_not_come_out_for_the_online_road_stands_there_too(tour):
     hard = difference(tour, "tour", "online DPO", "best offline")
     assert hard.low < 0 < hard.high
     assert difference(tour, "tour", "GRPO", "best offline").high < 0
+
+
+# What `gvjax gap` said of the quickstart and its twins.
+
+TWINS = {
+    "gap_quickstart": [],
+    "gap_hidden": ["run_dir=runs/gap_hidden", "task.name=hidden_goals"],
+    "gap_short": [
+        "run_dir=runs/gap_short",
+        "task.name=plan",
+        "task.options.write_content=false",
+    ],
+}
+DECISIVE = {
+    weighing.ADVANTAGE: 3,
+    weighing.HEADROOM: 3,
+    weighing.EFFICIENCY: 2,
+    weighing.DIFFERENCE: 3,
+    weighing.MATCHED: 3,
+}
+"""Numbers of the table, with their decimals, in its order."""
+
+
+def cell(quantity, digits: int) -> str:
+    def shown(value):
+        if value is None:
+            return "—"
+        text = f"{value:+.{digits}f}" if digits == 3 else f"{value:.{digits}f}"
+        return text.replace("0.", ".", 1).replace("-", "−")
+
+    if quantity.low is None:
+        return shown(quantity.estimate)
+    return f"{shown(quantity.estimate)} [{shown(quantity.low)}, {shown(quantity.high)}]"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in TWINS if (RESULTS / f"{name}.json.gz").exists()]
+)
+def test_the_table_of_measurements_says_what_was_found(name):
+    text = gzip.decompress((RESULTS / f"{name}.json.gz").read_bytes()).decode()
+    findings = GapFindings.from_json(text)
+    (task,) = findings.tasks
+    cells = [cell(task.quantity(q), digits) for q, digits in DECISIVE.items()]
+    row = f"| `{name}` | {findings.advice.verdict} | {' | '.join(cells)} |"
+    assert row in (RESULTS / "README.md").read_text(encoding="utf-8")
+    head = (CONFIGS / "gap" / "quickstart.yaml").read_text(encoding="utf-8")
+    assert f"{task.task}: {findings.advice.verdict}" in head
+    declared = config.load(CONFIGS / "gap" / "quickstart.yaml", TWINS[name])
+    now = config.resolved(declared)
+    for part in ("seeds", "task", "sft", "scorers", "samples", "pilot", "margins"):
+        assert now[part] == findings.config[part], part

@@ -399,6 +399,29 @@ def test_an_optimizer_given_in_part_keeps_the_recipes_own_values(tmp_path):
     assert optimizer == own.model_copy(update={"schedule": "linear"})
 
 
+def test_a_config_lies_over_the_one_it_extends(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(STUDY))
+    (tmp_path / "more").mkdir()
+    over = {"extends": "../base.yaml", "run_dir": "runs/over", "seeds": [7]}
+    over["arms"] = {"HyPO": {"road": "offline", "settings": {"recipe": "hypo"}}}
+    path = tmp_path / "more" / "over.yaml"
+    path.write_text(yaml.safe_dump(over))
+    found = config.load(path, ["sft.steps=5"])
+    assert list(found.arms) == ["DPO", "RLOO", "HyPO"]
+    # A list takes the place of the one below; what is not said is the base's.
+    assert (found.seeds, found.run_dir, found.study) == ((7,), "runs/over", "s")
+    assert found.sft.steps == 5
+    path.write_text(yaml.safe_dump({**over, "extends": "../bse.yaml"}))
+    with pytest.raises(config.ConfigError, match=r"cannot read the config .*bse\.yaml"):
+        config.load(path)
+    path.write_text(yaml.safe_dump({**over, "extends": "over.yaml"}))
+    with pytest.raises(config.ConfigError, match="extends itself"):
+        config.load(path)
+    path.write_text(yaml.safe_dump({**over, "extends": ["../base.yaml"]}))
+    with pytest.raises(config.ConfigError, match="name one file"):
+        config.load(path)
+
+
 def test_overrides_win_make_sections_and_are_read_as_yaml(tmp_path):
     settings = load(
         tmp_path,

@@ -75,6 +75,7 @@ DOORS = {
     "safetensors": {"models"},
     "gguf": {"models"},
     "reasoning_gym": {"data"},
+    "rouge_score": {"data"},
     "transformers": {"models"},
     "torch": {"models"},
 }

@@ -10,8 +10,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from gvjax.config.base import (
     FILE,
     IMPORTED,
@@ -41,10 +39,10 @@ from gvjax.config.gap import (
     study_of,
 )
 from gvjax.config.reading import (
-    Loader,
     dataclass_from,
     import_object,
     override,
+    read,
     validate,
 )
 from gvjax.config.recipes import (
@@ -171,21 +169,14 @@ def load(
     """Reads a config file and applies `a.b=c` overrides.
 
     Args:
-      path: YAML; one with a `study` key is a StudyConfig, one with a `gap` key a GapConfig, else a RunConfig.
+      path: YAML, see `reading.read`; one with a `study` key is a StudyConfig, one with a `gap` key a GapConfig, else a RunConfig.
       overrides: each `dotted.key=value`, the value read as YAML.
 
     Raises:
       ConfigError: the file cannot be read, or something in it is refused.
     """
     path = pathlib.Path(path)
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds no mapping; a config is `key: value` lines")
+    data = read(path)
     for each in overrides:
         override(data, each)
     data = with_tokenizer(data)

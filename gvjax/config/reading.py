@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import pathlib
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,37 @@ Loader.add_implicit_resolver(
     ),
     list("-+.0123456789"),
 )
+
+
+def read(path: pathlib.Path, extended: tuple[pathlib.Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a config file, laid over that of the file which its `extends` names, if it does.
+
+    Nested mappings are merged; any other value, lists too, replaces what it stands over.
+
+    Args:
+      path: YAML. `extends` is a path from the file's own directory.
+      extended: the files that led here.
+
+    Raises:
+      ConfigError: a file cannot be read, holds no mapping, or extends itself.
+    """
+    if path.resolve() in extended:
+        raise ConfigError(f"{path} extends itself; take out one `extends`")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds no mapping; a config is `key: value` lines")
+    name = data.pop("extends", None)
+    if name is None:
+        return data
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: extends is {name!r}; name one file")
+    base = read(path.parent / name, (*extended, path.resolve()))
+    return merge(base, data)
 
 
 def override(data: dict, assignment: str) -> None:

@@ -67,7 +67,7 @@ class DatasetSection(Section):
       max_prompt, max_completion: tokens; longer prompts are cut, longer completions lose their end and their EOS.
       prompt_truncation: what a long prompt loses: `left`, `right`, or whole lines before its last one (`newline`).
       gold: what completions are judged by: `number` compares the last number with the row's answer, `puzzle` asks the verifier of a
-        row that `gvjax puzzles` made, a directory holds
+        row that `gvjax puzzles` made, `rouge_l` is how near they are to the row's own completion (extra `rouge`), a directory holds
         a reward model of transformers (`gvjax export` writes one) with the same tokenizer, null is nothing. Without it
         there is no gold reward: runs report KL, length and what the reward model says.
       prepared: where the rows are kept in normal form once read.
@@ -168,11 +168,13 @@ class PairsSection(Section):
     Attributes:
       count: pairs, and so labels.
       tau: noise of the labeller of sampled pairs in reward units; the better sample wins with probability σ(Δr / τ).
+      temperature: at which sampled pairs are drawn; above 1 they are broader than what the policy does by itself.
       heldout: further labelled pairs on which scorers are judged, never trained on.
     """
 
     count: Count = 1000
     tau: Positive = 0.2
+    temperature: Positive = 1.0
     heldout: Count = 500
 
 

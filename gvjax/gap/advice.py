@@ -126,6 +126,7 @@ class Tier1:
       peak_distance: nats per completion, mean log-probability under the SFT policy of the gold-best of M samples minus
         that of all.
       length_share: in [0, 1], share of the gold reward's variance that length explains.
+      null_lead: headroom minus that of the best of n by the SFT policy's own log-probability, which learns from no label.
       cue_drop: accuracy on held-out pairs minus that on paraphrased or token-shifted ones: of the DPO policy's implicit reward
         minus of the reward model.
     """
@@ -141,6 +142,7 @@ class Tier1:
     data_multiplier_identified: bool | None = None
     peak_distance: Bounds | None = None
     length_share: Bounds | None = None
+    null_lead: Bounds | None = None
     cue_drop: Bounds | None = None
 
 
@@ -233,7 +235,7 @@ def advise(
     if rule is None:
         verdict: Road = "inconclusive"
         basis: Basis = "predicted" if tier2 is None else "observed"
-        sentences = ["The intervals leave open which road pays."]
+        sentences = ["The intervals leave open which road pays.", *_in_the_way(rules)]
         would_change = _what_is_missing(
             # Without scorers, theirs is not a road to a verdict.
             [rule for rule in rules if tier1 is not None or rule.basis == "observed"]
@@ -258,14 +260,18 @@ class _Premise:
     """One condition on one number.
 
     Attributes:
-      text: the condition with the number behind it.
+      text: the condition with the number behind it, as it reads where it holds.
       holds: whether it does.
+      shortfall: the number, and the condition that it does not meet; '' where the number is not known.
       missing: what would make it hold, or '' where nothing but another value would.
+      name: of the number, where the condition is on one.
     """
 
     text: str
     holds: bool
     missing: str = ""
+    shortfall: str = ""
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,8 +289,8 @@ _NAMES = {
     "efficiency": "the reward model's share of what a perfect judge gains",
     "turn": "what is left of the reward model's gain at the largest n",
     "slope": "the change of its lead in likelihood with twice the data",
-    "difference": "the online policy's winrate over the best offline one",
-    "matched_kl": "the same at equal KL to the SFT policy",
+    "difference": "the online policy's lead in winrate over the best offline one",
+    "matched_kl": "the same lead at equal KL to the SFT policy",
 }
 
 _OPENINGS: dict[tuple[Road, Basis], str] = {
@@ -441,20 +447,26 @@ def _low_end(
     if bounds is None or bounds.low is None or bounds.high is None:
         return _Premise(f"{name} is {rule}", False, _unknown(name, bounds))
     holds = bounds.low > least if strictly else bounds.low >= least
-    text = f"{name} is {_shown(bounds)}, {rule}"
-    return _Premise(
-        text, holds, "" if holds else _shrink(name, bounds, least, bounds.low, rule)
-    )
+    return _bounded(name, bounds, rule, least, bounds.low, holds)
 
 
 def _high_end(name: str, bounds: Bounds | None, most: float) -> _Premise:
     rule = f"below {_number(most)}"
     if bounds is None or bounds.low is None or bounds.high is None:
         return _Premise(f"{name} is {rule}", False, _unknown(name, bounds))
-    holds = bounds.high < most
-    text = f"{name} is {_shown(bounds)}, {rule}"
+    return _bounded(name, bounds, rule, most, bounds.high, bounds.high < most)
+
+
+def _bounded(
+    name: str, bounds: Bounds, rule: str, wall: float, end: float, holds: bool
+) -> _Premise:
+    number = f"{name} is {_shown(bounds)}"
     return _Premise(
-        text, holds, "" if holds else _shrink(name, bounds, most, bounds.high, rule)
+        f"{number}, {rule}",
+        holds,
+        "" if holds else _shrink(name, bounds, wall, end, rule),
+        f"{number}, not all {rule}",
+        name,
     )
 
 
@@ -465,7 +477,8 @@ def _estimate(
     if bounds is None or bounds.low is None:
         return _Premise(f"{name} is estimated {rule}", False, _unknown(name, bounds))
     holds = bounds.point > least if strictly else bounds.point >= least
-    return _Premise(f"{name} is estimated at {_number(bounds.point)}, {rule}", holds)
+    number = f"{name} is estimated at {_number(bounds.point)}"
+    return _Premise(f"{number}, {rule}", holds, "", f"{number}, not {rule}", name)
 
 
 def _estimate_at_most(name: str, bounds: Bounds | None, most: float) -> _Premise:
@@ -512,6 +525,24 @@ def _unknown(name: str, bounds: Bounds | None) -> str:
     if bounds is None:
         return f"{name}: not measured"
     return f"an interval of {name}: seed variance is unknown, train at least two seeds, better five"
+
+
+def _in_the_way(rules: Sequence[_Rule]) -> list[str]:
+    """What was seen of either road's case, and what each lacks."""
+    lines = []
+    for rule in rules[:2]:
+        met: dict[str, str] = {}
+        unmet: dict[str, str] = {}
+        for premise in rule.premises:
+            # The first condition on a number has its interval; once is enough.
+            said = met if premise.holds else unmet
+            text = premise.text if premise.holds else premise.shortfall
+            if text:
+                said.setdefault(premise.name or text, text)
+        for side, said in (("For", met), ("Against", unmet)):
+            if said:
+                lines.append(f"{side} “{rule.verdict}”: {'; '.join(said.values())}.")
+    return lines
 
 
 def _what_is_missing(rules: Sequence[_Rule]) -> list[str]:
@@ -568,13 +599,16 @@ def _not_evidence_of(
         )
     else:
         lines.append(
-            f"{cues}; on paraphrased pairs it loses {_shown(one.cue_drop)} more accuracy than the reward model here."
+            f"{cues}. Here that is not seen: on paraphrased pairs it loses {_shown(one.cue_drop)} more accuracy than the reward"
+            " model."
         )
     length = (
         "A gain in gold reward is not evidence of better answers where length buys it"
     )
     if one.length_share is None:
         lines.append(f"{length}; the share that length explains was not measured.")
+    elif one.length_share.point == 0:
+        lines.append(f"{length}: here it explains nothing of the reward's variance.")
     else:
         lines.append(
             f"{length}: length explains {_shown(one.length_share)} of its variance here."
@@ -588,6 +622,16 @@ def _not_evidence_of(
     else:
         lines.append(
             f"{peak}: the best samples differ from all by {_shown(one.peak_distance)} nats here."
+        )
+    null = (
+        "A gain by choosing with the reward model is not evidence of what it learned from labels where the policy's own"
+        " log-probability, which learned from none, chooses as well"
+    )
+    if one.null_lead is None:
+        lines.append(f"{null}; that was not measured.")
+    else:
+        lines.append(
+            f"{null}: the reward model's lead over it in winrate is {_shown(one.null_lead)} here."
         )
     lines.append("All of it is as good as the gold judge, and says nothing beyond it.")
     return [*lines, *judge_warnings]
@@ -608,6 +652,8 @@ def _known(tier: _Tier) -> _Tier:
 def _shown(bounds: Bounds) -> str:
     if bounds.low is None or bounds.high is None:
         return f"{_number(bounds.point)} (no interval)"
+    if bounds.low == bounds.high:
+        return _number(bounds.point)
     return f"{_number(bounds.point)} [{_number(bounds.low)}, {_number(bounds.high)}]"
 
 

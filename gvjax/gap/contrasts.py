@@ -85,8 +85,14 @@ def gold_outcome(task: TaskResult, contrast: Contrast) -> Outcome:
     if broken:
         reason = f"gold is not finite in seed {', '.join(map(str, broken))}"
         return Outcome(contrast, "gold", None, reason=reason)
-    estimate = statistics.paired_mean(list(differences.values()), prompts=task.prompts)
     means = {seed: float(row.mean()) for seed, row in differences.items()}
+    same = _same_checkpoint(a, b)
+    if len(same) == len(means):
+        return _nothing_to_test(contrast, "gold", means)
+    estimate = statistics.paired_mean(list(differences.values()), prompts=task.prompts)
+    if same:
+        also = f"the same checkpoint in seed {', '.join(map(str, same))}"
+        missing = "; ".join(part for part in (missing, also) if part)
     return _outcome(contrast, "gold", estimate, means, missing)
 
 
@@ -115,6 +121,9 @@ def matched_kl_outcome(task: TaskResult, contrast: Contrast) -> Outcome:
     with KL, not with a better use of it.
     """
     a, b, missing = _paired(task, contrast)
+    measure: Literal["gold at matched KL"] = "gold at matched KL"
+    if a and len(_same_checkpoint(a, b)) == len(a):
+        return _nothing_to_test(contrast, measure, dict.fromkeys(a, 0.0))
     differences: dict[int, float | None] = {}
     reasons = [missing] if missing else []
     for seed in a:
@@ -129,7 +138,6 @@ def matched_kl_outcome(task: TaskResult, contrast: Contrast) -> Outcome:
             reason = reason.replace("b was", f"{contrast.b} was", 1)
             reasons.append(f"seed {seed}: {reason}")
     found = [d for d in differences.values() if d is not None]
-    measure: Literal["gold at matched KL"] = "gold at matched KL"
     if not found:
         reason = "; ".join(reasons) or "no seed has both arms"
         return Outcome(
@@ -164,6 +172,8 @@ def describe(outcome: Outcome, unit: str = "gold") -> str:
     where = " at matched KL" if outcome.measure == "gold at matched KL" else ""
     if outcome.estimate is None:
         return f"{a} and {b} cannot be compared{where} ({outcome.reason})"
+    if outcome.same_checkpoint:
+        return f"{a} and {b} kept the same checkpoint{where}: nothing to test"
     mean, signed = outcome.estimate, number(outcome.estimate, sign=True)
     if outcome.low is None or outcome.high is None:
         return (
@@ -240,10 +250,9 @@ def verdict(results: StudyResults) -> Verdict:
     )
     headline, tone = _headline(raw, matched)
     task = results.task(raw.contrast.task)
-    sentences = [
-        f"On {task.task}, {describe(raw)}{_over(len(raw.seeds))}.",
-        _capital(describe(matched)) + ".",
-    ]
+    sentences = [f"On {task.task}, {describe(raw)}{_over(len(raw.seeds))}."]
+    if not raw.same_checkpoint:
+        sentences.append(_capital(describe(matched)) + ".")
     for other in raws[1:]:
         sentences.append(f"On {other.contrast.task}, {describe(other)}.")
     for outcome in primary:
@@ -263,6 +272,8 @@ def verdict(results: StudyResults) -> Verdict:
 def _headline(raw: Outcome, matched: Outcome) -> tuple[str, Tone]:
     tone, margin = tone_of(raw), raw.contrast.margin or 0.0
     a, b = _the(raw.contrast.a), _the(raw.contrast.b)
+    if raw.same_checkpoint:
+        return f"{_capital(a)} and {b} kept the same checkpoint", "open"
     if raw.estimate is None or raw.low is None or raw.high is None:
         return "Inconclusive", "open"
     if tone == "equal" or (raw.high < margin and tone != "behind"):
@@ -286,6 +297,11 @@ def _would_change(task: TaskResult, raw: Outcome, matched: Outcome) -> list[str]
     lines = []
     a, b = _the(raw.contrast.a), _the(raw.contrast.b)
     seeds = [d for d in raw.seeds.values() if d is not None]
+    if raw.same_checkpoint:
+        lines.append(
+            f"Settings with which {a} and {b} end elsewhere: they kept the same checkpoint in every seed."
+        )
+        return lines
     if raw.estimate is None or raw.low is None or raw.high is None:
         lines.append(
             "At least two seeds, better five: with one, nobody knows how much of the difference is luck of the seed."
@@ -343,6 +359,31 @@ def _paired(
     alone = sorted(set(a) ^ set(b))
     missing = f"only one arm has seed {', '.join(map(str, alone))}" if alone else ""
     return {s: a[s] for s in both}, {s: b[s] for s in both}, missing
+
+
+def _same_checkpoint(a: dict[int, SeedResult], b: dict[int, SeedResult]) -> list[int]:
+    """Seeds in which two arms kept one policy: as many updates, and every completion judged and measured the same."""
+
+    def kept(result: SeedResult):
+        return result.step, result.gold, result.kl, result.length
+
+    return [seed for seed in a if kept(a[seed]) == kept(b[seed])]
+
+
+def _nothing_to_test(
+    contrast: Contrast,
+    measure: Literal["gold", "gold at matched KL"],
+    seeds: dict[int, float],
+) -> Outcome:
+    reason = "both arms kept the same checkpoint in every seed"
+    return Outcome(
+        contrast,
+        measure,
+        0.0,
+        seeds=_by_name(seeds),
+        same_checkpoint=True,
+        reason=reason,
+    )
 
 
 def _frontier(result: SeedResult, start: SeedResult) -> tuple[list[float], list[float]]:

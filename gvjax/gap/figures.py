@@ -265,11 +265,10 @@ def xy(
     )
     parts.append(text(4, 16, y_label, "label"))
     parts.append(text(right, height - 6, x_label, "label", "end"))
-    for y, name in rules:
+    for y, _ in rules:
         parts.append(
             f'<line class="rule" x1="{left}" x2="{right}" y1="{y_scale(y):.1f}" y2="{y_scale(y):.1f}"/>'
         )
-        parts.append(text(right, y_scale(y) - 6, name, "note", "end"))
 
     def place(some: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
         return [
@@ -284,6 +283,9 @@ def xy(
         for x, y, tip in s.marks:
             for px, py in place([(x, y)]):
                 parts.append(marker(s.shape, px, py, f"{s.css} dot faint", 3.2, tip))
+    # Over the seeds' lines, and left of the markers in which curves end.
+    for y, name in rules:
+        parts.append(text(right - 24, y_scale(y) - 6, name, "note halo", "end"))
     for s in series:
         if s.mean:
             parts.append(line(place(s.mean), f"{s.css} thick"))

@@ -27,6 +27,7 @@ SHORT = {
     "gain by choosing with the verifier": "best of n by the verifier",
     "gain by choosing with the DPO policy": "best of n by the DPO policy",
     "its lead over choosing with the DPO policy": "verifier − DPO policy",
+    "its lead over choosing with the policy's own log-probability": "verifier − own log-probability",
     "gain by choosing with a perfect judge": "best of n by a perfect judge",
     "verifier's gain at the largest n, less that at the chosen n": "largest n − chosen n",
     "online policy's lead over the best offline one": "online − best offline",

@@ -284,7 +284,8 @@ class MeasuredScene(Scene):
         """Margins of the scorers that learn nothing."""
         return {
             "margins": {
-                kind: self._margins(self._untrained(kind)) for kind in scorers.UNTRAINED
+                kind: self._margins(self._untrained(kind))
+                for kind in scorers.untrained_of(self.task)
             }
         }
 

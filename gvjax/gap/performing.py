@@ -167,6 +167,7 @@ class Scene:
                 seed=self.seed,
                 role=f"pairs/{which}",
                 tau=self.study.pairs.tau,
+                temperature=self.study.pairs.temperature,
             )
             made.save(run.directory / f"{which}.npz")
         return self._judged(self.policy)

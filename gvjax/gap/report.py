@@ -227,7 +227,7 @@ def _outcome_context(outcome: Outcome) -> dict[str, Any]:
         f"{name} [{number(low, sign=True)}, {number(high, sign=True)}]"
         for name, (low, high) in outcome.checks.items()
     ]
-    interval = "—"
+    interval = "the same checkpoint" if outcome.same_checkpoint else "—"
     if outcome.low is not None and outcome.high is not None:
         interval = (
             f"[{number(outcome.low, sign=True)}, {number(outcome.high, sign=True)}]"

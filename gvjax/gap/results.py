@@ -316,6 +316,7 @@ class Outcome:
       detectable: the smallest true difference that this design would have found in 80% of studies.
       seeds: a − b for every seed, by seed; None where that seed has none.
       checks: further intervals by method name, as cross-checks.
+      same_checkpoint: whether both arms kept one and the same checkpoint in every seed, so that there is nothing to test.
       reason: why something above is None, or ''.
     """
 
@@ -332,6 +333,7 @@ class Outcome:
     detectable: float | None = None
     seeds: dict[str, float | None] = dataclasses.field(default_factory=dict)
     checks: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    same_checkpoint: bool = False
     reason: str = ""
 
 

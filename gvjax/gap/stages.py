@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 import gvjax
+from gvjax.gap.results import write_whole
 
 try:
     import fcntl
@@ -103,9 +104,7 @@ class Store:
         """Marks a stage as done, in one piece: a crash leaves it undone or done, nothing between."""
         path = self.directory(stage) / "result.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name("result.json.partial")
-        partial.write_text(json.dumps({"label": stage.label, **result}))
-        partial.replace(path)
+        write_whole(path, json.dumps({"label": stage.label, **result}))
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -226,10 +225,28 @@ def share_compiled_programs(store: Store) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+NOTED_EVERY = 1.0
+"""Seconds of work that a killed stage may lose count of."""
+
+
 def _do(stage: Stage, store: Store, perform: Perform, report: Report) -> None:
-    begun = time.monotonic()
-    result = perform(stage, store, report)
-    store.finish(stage, {"seconds": time.monotonic() - begun, **result})
+    """Does a stage; its seconds are those of all attempts, as far as one that was killed had noted them."""
+    path = store.directory(stage) / "seconds"
+    before = float(path.read_text()) if path.exists() else 0.0
+    begun = noted = time.monotonic()
+
+    def noting(done: int, total: int, shown: Mapping[str, float]) -> None:
+        nonlocal noted
+        if time.monotonic() - noted > NOTED_EVERY:
+            noted = time.monotonic()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, f"{before + noted - begun:.3f}\n")
+        report(done, total, shown)
+
+    result = perform(stage, store, noting)
+    seconds = before + time.monotonic() - begun
+    store.finish(stage, {"seconds": seconds, **result})
+    path.unlink(missing_ok=True)
 
 
 def _share_out(waiting, store, perform, workers, watch) -> None:

@@ -39,6 +39,7 @@ LEVEL = 0.05
 ADVANTAGE = "verifier's lead in likelihood"
 HEADROOM = "gain by choosing with the verifier"
 LEAD = "its lead over choosing with the DPO policy"
+NULL_LEAD = "its lead over choosing with the policy's own log-probability"
 ORACLE = "gain by choosing with a perfect judge"
 EFFICIENCY = "verifier's share of the perfect judge's gain"
 TURN = "verifier's gain at the largest n, less that at the chosen n"
@@ -290,7 +291,10 @@ def _add_seeds(
     values: Sequence[float | None],
     margin: float | None = None,
     reason: str = "",
+    *,
+    needs_all: bool = False,
 ) -> None:
+    """Adds a number that each seed has or lacks; with `needs_all` those that have one do not stand for the others."""
     missing = sum(value is None for value in values)
     if missing and not reason:
         reason = f"{missing} of {len(values)} seeds have no value"
@@ -298,7 +302,7 @@ def _add_seeds(
         key,
         unit,
         _per_seed(settings, values),
-        quantities.over_seeds(values),
+        None if missing and needs_all else quantities.over_seeds(values),
         margin,
         reason=reason if missing else "",
     )
@@ -352,12 +356,15 @@ def _samples(
     add("Q4", HEADROOM, unit, at_n(verifier), margin)
     add("Q4", "gain by choosing with the DPO policy", unit, at_n(policy), margin)
     add("Q4", LEAD, unit, np.subtract(at_n(verifier), at_n(policy)).tolist(), margin)
+    null = np.subtract(at_n(verifier), at_n("own log-probability")).tolist()
+    add("Q4", NULL_LEAD, unit, null, margin)
     add("Q4", ORACLE, unit, at_n("gold"), margin)
     shares = [quantities.efficiency(a, b) for a, b in zip(at_n(verifier), at_n("gold"))]
     reason = "a perfect judge gains next to nothing on some seeds"
     add("Q4", EFFICIENCY, "share", shares, None, reason)
     turns = np.subtract(at_n(verifier, -1), at_n(verifier)).tolist()
-    add("Q4", TURN, "winrate", turns, margin)
+    unit = "winrate; the chosen n is the largest" if at == len(sizes) - 1 else "winrate"
+    add("Q4", TURN, unit, turns, margin)
     for name in names:
         relative = [each.relative for each in gaps[name]]
         add(
@@ -457,8 +464,10 @@ def _pilot(
         values.append(matched.difference)
         if matched.reason:
             reasons.append(f"seed {seed}: {matched.reason}")
+    kls = [min(online.seed(s).kl, best[s].seed(s).kl) for s in seeds]
+    unit = f"winrate, at KL {min(kls):.2g} to {max(kls):.2g}"
     _add_seeds(
-        settings, numbers, "Q6", MATCHED, "winrate", values, margin, "; ".join(reasons)
+        settings, numbers, "Q6", MATCHED, unit, values, margin, "; ".join(reasons)
     )
     if judged.finding.kind == "gold":
         duels = [
@@ -477,6 +486,7 @@ def _pilot(
         [quantities.normalised_lead(a, b) for a, b in zip(leads, gains)],
         None,
         "the offline road gains next to nothing on some seeds",
+        needs_all=True,
     )
     for arm in task.arms:
         if arm.name != pilot.online and arm.road != "start":
@@ -558,20 +568,21 @@ def _quantities(
     numbers: Mapping[str, _Number],
 ) -> tuple[dict[str, Bounds], dict[str, Quantity]]:
     """Simultaneous bounds of the numbers that decide, and all numbers with their intervals and tests."""
-    estimates: dict[str, Estimate] = {}
-    for name in _DECISIVE:
-        number = numbers.get(name)
-        if number is None or number.estimate is None:
-            continue
-        if number.estimate.standard_error == 0 and name != TURN:
+    for name, number in numbers.items():
+        estimate = number.estimate
+        if estimate is not None and estimate.standard_error == 0 and name != TURN:
             # Seeds that agree to the last bit, as when nothing was learnt, say nothing of how seeds differ.
             number.estimate = dataclasses.replace(
-                number.estimate,
+                estimate,
                 standard_error=None,
                 degrees_of_freedom=None,
                 reason="all seeds agree exactly: no spread to make an interval of",
             )
-        estimates[name] = number.estimate
+    estimates = {
+        name: estimate
+        for name in _DECISIVE
+        if name in numbers and (estimate := numbers[name].estimate) is not None
+    }
     bounds = simultaneous(estimates)
     tested = {
         name: p
@@ -616,7 +627,8 @@ def _quantities(
             p_value=tested.get(name),
             p_holm=corrected.get(name),
             equivalent=equivalent,
-            detectable=estimate.detectable(),
+            # Without any spread everything would be.
+            detectable=estimate.detectable() or None,
             reason="; ".join(t for t in (number.reason, estimate.reason) if t),
         )
     return bounds, made
@@ -652,6 +664,7 @@ def _advice(
         else multiplier.identified,
         peak_distance=beside(PEAK),
         length_share=beside(LENGTH),
+        null_lead=beside(NULL_LEAD),
         cue_drop=beside(CUES),
     )
     two = None

@@ -432,6 +432,7 @@ class _Parts:
         arguments: tuple[str, ...] = ("params",),
         *,
         early: bool = False,
+        temperature: float = 1.0,
     ) -> Program:
         """Prefill and decoding, one program."""
         ground = self._ground
@@ -453,7 +454,7 @@ class _Parts:
             arguments = (*arguments, "reference")
         return self.program(
             f"sample {prompts} x {samples}",
-            sampler(ground, samples),
+            sampler(ground, samples, temperature),
             policy,
             self._rows(prompts, ground.prompt_length, dtype=jnp.int32),
             *(ids, KEY_SHAPE, ids),
@@ -501,7 +502,15 @@ class _Parts:
     def sampled_pairs(self, pairs: config.PairsSection) -> list[Program]:
         half = self._ground.rows_per_call // 2
         prompts = len(in_parts(self._ground, pairs.count, half)[0])
-        return [self.sampling(prompts, 2, arguments=("reference",), early=True)]
+        return [
+            self.sampling(
+                prompts,
+                2,
+                arguments=("reference",),
+                early=True,
+                temperature=pairs.temperature,
+            )
+        ]
 
     def stage(
         self,

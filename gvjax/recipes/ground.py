@@ -705,7 +705,7 @@ def sample_all(
       prompts: any number of rows.
       key: consumed; each prompt's draws come from its row number, whatever the parts.
       num_samples: completions per prompt.
-      temperature: >= 0; only samples drawn at 1 may be learned from.
+      temperature: >= 0; only samples drawn at 1 are the policy's own, for a loss that learns from those.
     """
     sample = sampler(ground, num_samples, temperature)
     made = []

@@ -137,11 +137,19 @@ def labelled_pairs(
     seed: int,
     role: str,
     tau: float,
+    temperature: float = 1.0,
 ) -> Pairs:
     """The pairs about some prompts: those that a dataset holds, else samples of the policy, see `sampled_pairs`."""
     if not (isinstance(task, Dataset) and task.has_pairs):
         return sampled_pairs(
-            ground, task, policy, prompts, seed=seed, role=role, tau=tau
+            ground,
+            task,
+            policy,
+            prompts,
+            seed=seed,
+            role=role,
+            tau=tau,
+            temperature=temperature,
         )
     chosen, rejected = task.pairs(prompts)
     golds = [_gold(task, prompts, each) for each in (chosen, rejected)]
@@ -175,6 +183,7 @@ def sampled_pairs(
     seed: int,
     role: str,
     tau: float,
+    temperature: float = 1.0,
 ) -> Pairs:
     """Two samples of the policy for each prompt, labelled once from the gold rewards with the labeller's noise.
 
@@ -184,9 +193,15 @@ def sampled_pairs(
       prompts: a pair each.
       seed, role: of sampling and labelling.
       tau: noise of the labeller, in reward units.
+      temperature: > 0, of sampling; the reference's log-probabilities are its own, at temperature 1.
     """
     rollouts = sample_all(
-        ground, policy, prompts, role_key(seed, f"{role}/sample"), num_samples=2
+        ground,
+        policy,
+        prompts,
+        role_key(seed, f"{role}/sample"),
+        num_samples=2,
+        temperature=temperature,
     )
     completions = completions_of(rollouts, ground.completion_length)
     gold = task.reward(prompts.repeat(2), completions).reshape(-1, 2)

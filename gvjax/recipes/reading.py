@@ -14,7 +14,15 @@ import jax
 import numpy as np
 
 from gvjax import config
-from gvjax.data import answers, puzzles, schema, sources, templates, tokenizer
+from gvjax.data import (
+    answers,
+    overlap,
+    puzzles,
+    schema,
+    sources,
+    templates,
+    tokenizer,
+)
 from gvjax.data.batches import Examples, LengthPolicy, encode_rows
 from gvjax.models import heads, hf, weights
 from gvjax.recipes.dataset import Dataset, Judge, RowPrompts, Table
@@ -153,6 +161,11 @@ def _read(section: config.DatasetSection) -> Dataset:
                 f"gold is {section.gold}, but {missing} of {len(used)} rows of {section.rows.source} have no answer to compare"
                 " with"
             )
+    if section.gold in _REFERENCES and not table.completions:
+        raise ValueError(
+            f"gold is {section.gold}, but rows of {section.rows.source} are prompts alone; it takes rows with a completion to"
+            " be near to"
+        )
     shown: list[Any] = [
         section.model_dump(exclude={"prepared", "name", "reference_logps"})
     ]
@@ -274,6 +287,10 @@ _ANSWERS: Mapping[str, Callable[[str, str], bool]] = {
 """`(completion, the row's answer) -> right or not`, by the name that a config gives."""
 
 
+_REFERENCES: Mapping[str, Callable[[str, str], float]] = {"rouge_l": overlap.rouge_l}
+"""`(completion, the row's own completion) -> closeness in [0, 1]`, by the name that a config gives."""
+
+
 def _judge(
     section: config.DatasetSection, encoding: Encoding
 ) -> tuple[Judge | None, tuple[float, float] | None]:
@@ -281,10 +298,13 @@ def _judge(
         return None, None
     if section.gold in _ANSWERS:
         return functools.partial(_checked, _ANSWERS[section.gold]), (0.0, 1.0)
+    if section.gold in _REFERENCES:
+        overlap.check()
+        return functools.partial(_near, _REFERENCES[section.gold]), (0.0, 1.0)
     directory = pathlib.Path(section.gold)
     if not (directory / "config.json").exists():
         raise ValueError(
-            f"gold is {section.gold!r}, which is neither {' nor '.join(_ANSWERS)} nor a directory with a reward model of transformers"
+            f"gold is {section.gold!r}, which is neither {' nor '.join((*_ANSWERS, *_REFERENCES))} nor a directory with a reward model of transformers"
         )
     theirs = tokenizer.Tokenizer(directory)
     words = "The gold reward reads the same ids: 2024, naïve, 東京."
@@ -311,6 +331,24 @@ def _checked(
         text = dataset.decode(tokens[:length])
         right.append(answer is not None and is_right(text, answer))
     return np.array(right, np.float32)
+
+
+def _near(
+    closeness: Callable[[str, str], float],
+    prompts: RowPrompts,
+    completions: Completions,
+    dataset: Dataset,
+) -> np.ndarray:
+    """How near a completion is to the row's own one, of a pair the chosen one."""
+    references = dataset.table.completions[0]
+    found = []
+    for row, tokens, length in zip(
+        prompts.rows, completions.tokens, completions.lengths
+    ):
+        reference = references.tokens[row][: references.lengths[row]]
+        text = dataset.decode(tokens[:length])
+        found.append(closeness(text, dataset.decode(reference)))
+    return np.array(found, np.float32)
 
 
 class _RewardModelJudge:

@@ -131,14 +131,16 @@ def check_pairs(section: config.PairsSection, task: Task) -> None:
     """Refuses pairs that a task cannot give.
 
     Raises:
-      ConfigError: a dataset brings its own labels and `tau` is given, or it has neither pairs nor a gold reward.
+      ConfigError: a dataset brings its own pairs and `tau` or `temperature` is given, or it has neither pairs nor a gold
+        reward.
     """
     if not isinstance(task, Dataset):
         return
-    if task.has_pairs and "tau" in section.model_fields_set:
-        raise config.ConfigError(
-            f"pairs.tau is given, but dataset {task.name} has labelled pairs of its own; take it out of the config"
-        )
+    for field in ("tau", "temperature"):
+        if task.has_pairs and field in section.model_fields_set:
+            raise config.ConfigError(
+                f"pairs.{field} is given, but dataset {task.name} has labelled pairs of its own; take it out of the config"
+            )
     if not task.has_pairs and task.judge is None:
         raise config.ConfigError(
             f"dataset {task.name} has no pairs, and no gold reward to label samples by; give task.gold, or rows that are"
@@ -307,7 +309,7 @@ def judged_prompts(run: Finished, count: int, seed: int) -> Prompts:
 
 def heldout_pairs(run: Finished, count: int, seed: int) -> Pairs:
     """Labelled pairs on test prompts: a dataset's, else fresh ones of the policy that the run started from."""
-    tau = (run.settings.pairs or config.PairsSection()).tau
+    section = run.settings.pairs or config.PairsSection()
     return labelled_pairs(
         run.ground,
         run.task,
@@ -315,7 +317,8 @@ def heldout_pairs(run: Finished, count: int, seed: int) -> Pairs:
         judged_prompts(run, count, seed),
         seed=seed,
         role="judge",
-        tau=tau,
+        tau=section.tau,
+        temperature=section.temperature,
     )
 
 
@@ -405,6 +408,7 @@ def _pairs(
             seed=settings.seed,
             role=f"pairs/{name}",
             tau=settings.pairs.tau,
+            temperature=settings.pairs.temperature,
         )
         for name, rows in (("pairs", prompts), ("heldout", heldout))
     }

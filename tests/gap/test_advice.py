@@ -110,6 +110,31 @@ def test_each_verdict(tier1, tier2, expected, basis):
         )
 
 
+def test_what_is_open_says_what_speaks_for_either_road():
+    ahead = Tier2(5, difference=around(0.14, 0.1), matched_kl=around(0.02, 0.1))
+    advice = advise(PAYS, ahead)
+    assert advice.verdict == OPEN
+    lead = "the online policy's lead in winrate over the best offline one is 0.14 [0.04, 0.24]"
+    assert advice.sentences == (
+        "The intervals leave open which road pays.",
+        f"For “{RL}”: {lead}, above 0.",
+        f"Against “{RL}”: the same lead at equal KL to the SFT policy is 0.02 [−0.08, 0.12], not all above 0.",
+        f"Against “{DPO}”: {lead}, not all below 0.03.",
+    )
+    # Nothing is said of numbers that nobody knows.
+    assert advise(Tier1(3)).sentences == ("The intervals leave open which road pays.",)
+
+
+def test_a_verifier_that_chooses_like_the_policys_own_log_probability_is_pointed_out():
+    lines = advise(change(PAYS, null_lead=around(0.0, 0.02))).not_evidence_of
+    assert any(
+        "its lead" not in line and "0 [−0.02, 0.02] here" in line for line in lines
+    )
+    assert any(
+        "chooses as well; that was not" in n for n in advise(PAYS).not_evidence_of
+    )
+
+
 # (evidence that holds the rule by a hair, the same on the other side of it)
 EDGES = {
     "advantage above 0": (
@@ -468,7 +493,7 @@ def test_what_it_is_not_evidence_of():
     unsure = advise(change(probed, cue_drop=Bounds(0.2, -0.1, 0.3))).not_evidence_of
     assert not any("and here it loses" in line for line in unsure)
     assert isinstance(advise(None, WON), Advice)
-    assert len(advise(None, WON).not_evidence_of) == 5
+    assert len(advise(None, WON).not_evidence_of) == 6
 
 
 def test_simultaneous_bounds():

@@ -143,6 +143,41 @@ def test_equivalence_is_said_only_within_the_margin():
     assert "no difference detected" in verdict.sentences[0]
 
 
+def test_the_same_checkpoint_is_said_and_not_tested():
+    twice = arm("DPO, twice", "offline", OFFLINE)
+    results = study(AHEAD, OFFLINE)
+    start, dpo, rloo = results.tasks[0].arms
+
+    def against_dpo(other):
+        task = dataclasses.replace(results.tasks[0], arms=(start, dpo, rloo, other))
+        declared = (Contrast("tour", other.name, "DPO", 0.05),)
+        return contrasts.analyse(
+            dataclasses.replace(results, tasks=(task,), contrasts=declared)
+        )
+
+    found = against_dpo(twice)
+    for outcome in found.outcomes:
+        assert outcome.same_checkpoint and outcome.estimate == 0.0
+        assert (outcome.low, outcome.p_value, outcome.equivalent) == (None,) * 3
+    verdict = contrasts.verdict(found)
+    assert verdict.headline == "DPO, twice and DPO kept the same checkpoint"
+    assert verdict.tone == "open"
+    assert verdict.sentences == (
+        "On tour, DPO, twice and DPO kept the same checkpoint: nothing to test, over 5 seeds.",
+    )
+    # Equal in gold, but elsewhere: tested, and equal.
+    farther = dataclasses.replace(
+        twice, seeds=tuple(dataclasses.replace(s, kl=2.0) for s in twice.seeds)
+    )
+    found = against_dpo(farther)
+    assert contrasts.tone_of(found.outcomes[0]) == "equal"
+    # The same in one seed of five.
+    one = dataclasses.replace(twice, seeds=(twice.seeds[0], *farther.seeds[1:]))
+    outcome = against_dpo(one).outcomes[0]
+    assert outcome.reason == "the same checkpoint in seed 0"
+    assert outcome.low is not None
+
+
 def test_a_wide_interval_is_inconclusive():
     noisy = [0.2, 0.7, 0.5, 0.3, 0.6]
     verdict = contrasts.verdict(study(noisy, OFFLINE))

@@ -131,6 +131,25 @@ def test_parents_come_first_and_what_is_done_is_kept(workers, store, marks):
     assert len(list(marks.iterdir())) == 5
 
 
+def test_the_seconds_of_an_attempt_that_ended_early_count(store, marks, monkeypatch):
+    monkeypatch.setattr(stages, "NOTED_EVERY", 0.1)
+    each = stage(value=1)
+
+    def perform(stage, store, report):
+        if not (marks / "mended").exists():
+            time.sleep(0.3)
+            report(1, 2, {})
+            raise ValueError("killed")
+        return {}
+
+    for _ in range(2):
+        with pytest.raises(StageError, match="killed"):
+            run_stages([each], store, perform, workers=1, watch=Watch())
+    (marks / "mended").touch()
+    run_stages([each], store, perform, workers=1, watch=Watch())
+    assert 0.6 <= store.result(each)["seconds"] < 60
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_failure_names_the_stage_and_keeps_what_was_done(workers, store, marks):
     perform = functools.partial(work, marks)

@@ -375,6 +375,47 @@ def test_a_puzzles_own_verifier_is_the_gold_reward(write, place):
     np.testing.assert_array_equal(made.reward(prompts, others), np.zeros(4))
 
 
+def test_nearness_to_the_rows_own_completion_is_the_gold_reward(write, place):
+    pytest.importorskip("rouge_score")
+    texts = ["one two three four", "one two", "four three two one", "Five, six!"]
+
+    def task(name, *fields):
+        (place / name).mkdir()
+        for split in ("train", "test"):
+            lines = [
+                json.dumps({"prompt": f"{split} {n}", "completion": text})
+                for n, text in enumerate(texts)
+            ]
+            kept = [
+                json.dumps({f: json.loads(line)[f] for f in fields}) for line in lines
+            ]
+            (place / name / f"{split}.jsonl").write_text("\n".join(kept))
+        rows = {"source": "jsonl", "path": str(place / name), "drop": []}
+        file = write(name, "sft", {"gold": "rouge_l", "max_completion": 40}, rows)
+        return task_of(config.load(file).task, 0)
+
+    near = task("near", "prompt", "completion")
+    prompts = near.prompts(np.random.default_rng(0), 4, "train")
+    own = near.demonstrations(np.random.default_rng(0), prompts)
+    np.testing.assert_array_equal(near.reward(prompts, own), np.ones(4))
+    said = [near.decode(t[:n]) for t, n in zip(own.tokens, own.lengths)]
+    first, second, third, last = (said.index(text) for text in texts)
+    swapped = own.take(
+        np.array(
+            [
+                {first: second, second: first, third: first, last: third}[i]
+                for i in range(4)
+            ]
+        )
+    )
+    found = near.reward(prompts, swapped)
+    # F1 of the longest common subsequence: 2 words of 4, and of 2; then 1 of 4 in the same order; then none.
+    want = {first: 2 / 3, second: 2 / 3, third: 1 / 4, last: 0.0}
+    np.testing.assert_allclose(found, [want[i] for i in range(4)], rtol=1e-6)
+    with pytest.raises(ValueError, match="rows of jsonl are prompts alone"):
+        task("alone", "prompt")
+
+
 @pytest.mark.slow
 def test_a_verifier_trains_a_policy_on_word_problems(write, place):
     rows = {"source": "svamp", "path": str(place / "svamp"), "drop": []}
@@ -512,11 +553,16 @@ REFUSED = {
         {"pairs": {"count": 4, "tau": 0.1}},
         "pairs.tau is given, but dataset ultrafeedback has labelled pairs",
     ),
+    "a temperature of real pairs": (
+        "dpo",
+        {"pairs": {"count": 4, "temperature": 1.5}},
+        "pairs.temperature is given, but dataset ultrafeedback has labelled pairs",
+    ),
     "no number to check": ("sft", {"task": {"gold": "number"}}, "have no answer"),
     "gold that is not there": (
         "sft",
         {"task": {"gold": "nowhere"}},
-        "neither number nor puzzle nor a directory",
+        "neither number nor puzzle nor rouge_l nor a directory",
     ),
     "an unknown template": (
         "sft",

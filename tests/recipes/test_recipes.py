@@ -30,6 +30,7 @@ from gvjax.recipes import (
 )
 from gvjax.recipes.evaluation import evaluate_policy
 from gvjax.recipes.ground import role_key, score_all
+from gvjax.recipes.pairs import sampled_pairs
 from gvjax.recipes.rewards import make_rewards, reward_rows
 from gvjax.types import PreferenceBatch, Rollouts, SequenceBatch
 
@@ -450,6 +451,27 @@ def test_recipes_that_need_pairs_or_a_reward_model_say_so(inputs, tmp_path):
             module.train(settings, bare, run)
     with pytest.raises(ValueError, match="have no EOS"):
         ppo.train(small(config.PpoSection, missing_eos_penalty=1.0), inputs, run)
+
+
+def test_pairs_drawn_hot_are_broader_and_their_reference_is_the_policys_own(inputs):
+    drawn = {
+        temperature: sampled_pairs(
+            inputs.ground,
+            inputs.task,
+            inputs.policy,
+            inputs.validation.take(slice(64)),
+            seed=0,
+            role="hot",
+            tau=0.02,
+            temperature=temperature,
+        )
+        for temperature in (1.0, 2.0)
+    }
+    cold, hot = (drawn[each].ref_chosen_logps for each in (1.0, 2.0))
+    assert hot.mean() < cold.mean() - 0.5
+    chosen, _ = drawn[2.0].sequences(inputs.ground.pad_id)
+    logps = score_all(inputs.ground, inputs.policy, chosen)
+    np.testing.assert_allclose(hot, logps, rtol=1e-4, atol=1e-4)
 
 
 def test_hypo_deals_out_as_many_samples_as_pairs():
