@@ -2,10 +2,11 @@
 
     python configs/results/make_plan.py              what is missing; it may be stopped and goes on where it was
     python configs/results/make_plan.py --minutes 8  stops beginning new ones after so long
-    python configs/results/make_plan.py --only 8xh100
+    python configs/results/make_plan.py --only 8xh100 --recipe sft --again
 
-Each is `gvjax plan PRESET --on MACHINE --only RECIPE --no-search --json`, compiled at O0: peaks are 6 to 11% higher than those of
-the compiler's whole pipeline. Needs the extras `plan` and `plan-gpu`, no accelerator, and a few core-minutes for each.
+Each row is `gvjax plan PRESET --on MACHINE --no-search --json`, in one process, because recipes share programs; compiled at
+O0: peaks are 6 to 11% higher than those of the compiler's whole pipeline. Needs the extras `plan` and `plan-gpu`, no
+accelerator, and a few core-minutes for each row.
 """
 
 import argparse
@@ -19,8 +20,7 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 MODELS = ("pythia-1.4b", "pythia-2.8b", "llama-8b")
 MACHINES = ("8xh100", "v5e-16", "v5e-64", "v5e-256", "v5p-64", "v6e-64")
-RECIPES = (("sft",), ("reward",), ("DPO",), ("online DPO", "RLOO"))
-"""What is compiled in one process: those of a group share programs."""
+RECIPES = ("sft", "reward", "DPO", "online DPO", "RLOO")
 GIB = 2**30
 
 
@@ -29,34 +29,40 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--only", help="a machine")
     parser.add_argument("--model", help="a preset")
+    parser.add_argument("--recipe", action="append", choices=RECIPES, help="of a row")
+    parser.add_argument("--again", action="store_true", help="what is there, too")
     asked = parser.parse_args()
-    kept = HERE / "plan.json"
-    plans = json.loads(kept.read_text()) if kept.exists() else {}
+    file = HERE / "plan.json"
+    plans = json.loads(file.read_text()) if file.exists() else {}
     begun = time.monotonic()
     for machine in MACHINES:
         for model in MODELS:
             name = f"{model} on {machine}"
             if asked.only not in (None, machine) or asked.model not in (None, model):
                 continue
-            for recipes in RECIPES:
-                done = {each["stage"] for each in plans.get(name, {}).get("stages", [])}
-                if done >= set(recipes):
-                    continue
-                if time.monotonic() - begun > 60 * asked.minutes:
-                    return
-                found = planned(model, machine, recipes)
-                stages = plans.get(name, {}).get("stages", []) + found["stages"]
-                plans[name] = {**found, "stages": stages}
-                kept.write_text(json.dumps(plans, indent=1) + "\n")
-                (HERE / "plan.md").write_text(table(plans))
-                seconds = time.monotonic() - begun
-                print(f"{name}, {', '.join(recipes)}: {seconds:.0f} s", flush=True)
+            kept = plans.get(name, {}).get("stages", [])
+            there = {} if asked.again else {each["stage"]: each for each in kept}
+            wanted = asked.recipe or RECIPES
+            missing = [recipe for recipe in wanted if recipe not in there]
+            if not missing:
+                continue
+            if time.monotonic() - begun > 60 * asked.minutes:
+                return
+            found = planned(model, machine, missing)
+            stages = {each["stage"]: each for each in [*kept, *found["stages"]]}
+            ordered = [stages[recipe] for recipe in RECIPES if recipe in stages]
+            plans[name] = {**found, "stages": ordered}
+            file.write_text(json.dumps(plans, indent=1) + "\n")
+            (HERE / "plan.md").write_text(table(plans))
+            seconds = time.monotonic() - begun
+            print(f"{name}, {', '.join(missing)}: {seconds:.0f} s", flush=True)
 
 
-def planned(model: str, machine: str, recipes: tuple[str, ...]) -> dict:
+def planned(model: str, machine: str, recipes: list[str]) -> dict:
     """What `gvjax plan` says, without what the table does not show."""
     words = ["plan", f"configs/plan/{model}.yaml", "--on", machine]
-    words += [word for recipe in recipes for word in ("--only", recipe)]
+    if len(recipes) < len(RECIPES):
+        words += [word for recipe in recipes for word in ("--only", recipe)]
     done = subprocess.run(
         [sys.executable, "-m", "gvjax", *words, "--no-search", "--json"],
         cwd=ROOT,
@@ -73,7 +79,6 @@ def planned(model: str, machine: str, recipes: tuple[str, ...]) -> dict:
 
 
 def table(plans: dict) -> str:
-    recipes = [recipe for group in RECIPES for recipe in group]
     compiled = sum(len(plan["stages"]) for plan in plans.values())
     lines = [
         "# What fits where",
@@ -86,10 +91,10 @@ def table(plans: dict) -> str:
         "Made by `python configs/results/make_plan.py`, at O0, with nothing but CPUs; see [plan.json](plan.json) for every",
         "program's bytes, operations and collectives.",
         "",
-        f"{compiled} of {len(MODELS) * len(MACHINES) * len(recipes)} plans compiled so far; the same command goes on.",
+        f"{compiled} of {len(MODELS) * len(MACHINES) * len(RECIPES)} plans compiled so far; the same command goes on.",
         "",
-        f"| model | on | usable | {' | '.join(recipes)} |",
-        f"|---|---|---|{'---|' * len(recipes)}",
+        f"| model | on | usable | {' | '.join(RECIPES)} |",
+        f"|---|---|---|{'---|' * len(RECIPES)}",
     ]
     for model in MODELS:
         for machine in MACHINES:
@@ -98,7 +103,7 @@ def table(plans: dict) -> str:
             stages = {each["stage"]: each for each in plans[name]["stages"]}
             cells = [
                 cell(stages[each]) if each in stages else "not compiled"
-                for each in recipes
+                for each in RECIPES
             ]
             usable = next(iter(stages.values()))["usable"] / GIB
             lines.append(
