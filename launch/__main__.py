@@ -102,7 +102,7 @@ def _add_launch_flags(launch: argparse.ArgumentParser) -> None:
     add("--backend", choices=spec_lib.BACKENDS, **none)
     add("--name", help="lower-case letters, digits, dashes; at most 40", **none)
     add("--accelerator", help="such as v5e-256, v5p-128, h100-8, cpu-8", **none)
-    add("--run-dir", metavar="DIR", help="gs://, s3:// or a shared path", **none)
+    add("--run-dir", metavar="DIR", help="gs://BUCKET/PATH or a shared path", **none)
     add("--mesh", help="checked here, such as data=4,fsdp=-1,tensor=4", **none)
     add("--env", action="append", metavar="NAME=VALUE", help="not secrets", **none)
     add(

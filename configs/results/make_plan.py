@@ -10,11 +10,14 @@ accelerator, and a few core-minutes for each row.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
+
+from gvjax.plan import command
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -35,51 +38,44 @@ def main() -> None:
     file = HERE / "plan.json"
     plans = json.loads(file.read_text()) if file.exists() else {}
     begun = time.monotonic()
-    for machine in MACHINES:
-        for model in MODELS:
-            name = f"{model} on {machine}"
-            if asked.only not in (None, machine) or asked.model not in (None, model):
-                continue
-            kept = plans.get(name, {}).get("stages", [])
-            there = {} if asked.again else {each["stage"]: each for each in kept}
-            wanted = asked.recipe or RECIPES
-            missing = [recipe for recipe in wanted if recipe not in there]
-            if not missing:
-                continue
-            if time.monotonic() - begun > 60 * asked.minutes:
-                return
-            found = planned(model, machine, missing)
-            stages = {each["stage"]: each for each in [*kept, *found["stages"]]}
-            ordered = [stages[recipe] for recipe in RECIPES if recipe in stages]
-            plans[name] = {**found, "stages": ordered}
-            file.write_text(json.dumps(plans, indent=1) + "\n")
+    # The largest first: the others are in less doubt.
+    for model, machine in itertools.product(reversed(MODELS), MACHINES):
+        name = f"{model} on {machine}"
+        if asked.only not in (None, machine) or asked.model not in (None, model):
+            continue
+        stages = plans.setdefault(name, {})
+        wanted = [
+            recipe
+            for recipe in asked.recipe or RECIPES
+            if asked.again or recipe not in stages
+        ]
+        if not wanted:
+            continue
+        if time.monotonic() - begun > 60 * asked.minutes:
+            return
+        for stage in planned(model, machine, wanted):
+            stages[stage["stage"]] = stage
+            file.write_text(json.dumps(plans, indent=1, sort_keys=True) + "\n")
             (HERE / "plan.md").write_text(table(plans))
             seconds = time.monotonic() - begun
-            print(f"{name}, {', '.join(missing)}: {seconds:.0f} s", flush=True)
+            print(f"{name}, {stage['stage']}: {seconds:.0f} s", flush=True)
 
 
-def planned(model: str, machine: str, recipes: list[str]) -> dict:
-    """What `gvjax plan` says, without what the table does not show."""
-    words = ["plan", f"configs/plan/{model}.yaml", "--on", machine]
-    if len(recipes) < len(RECIPES):
-        words += [word for recipe in recipes for word in ("--only", recipe)]
-    done = subprocess.run(
-        [sys.executable, "-m", "gvjax", *words, "--no-search", "--json"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode not in (0, 3):
-        sys.exit(f"gvjax {' '.join(words)} left with {done.returncode}")
-    found = json.loads(done.stdout)
-    for stage in found["stages"]:
-        for row in stage["programs"]:
-            row["collectives"] = row["collectives"][:4]
-    return found
+def planned(model: str, machine: str, recipes: list[str]) -> Iterator[dict]:
+    """The stages of a plan as they are compiled, without what the table does not show."""
+    words = [str(ROOT / f"configs/plan/{model}.yaml"), "--on", machine, "--no-search"]
+    words += [word for recipe in recipes for word in ("--only", recipe)]
+    for event in command.events(command.request_of(words)):
+        if trouble := event.get("error") or event.get("crash"):
+            sys.exit(f"gvjax plan {' '.join(words)}: {trouble}")
+        if stage := event.get("stage"):
+            for row in stage["programs"]:
+                row["collectives"] = row["collectives"][:4]
+            yield stage
 
 
 def table(plans: dict) -> str:
-    compiled = sum(len(plan["stages"]) for plan in plans.values())
+    compiled = sum(len(stages) for stages in plans.values())
     lines = [
         "# What fits where",
         "",
@@ -98,9 +94,9 @@ def table(plans: dict) -> str:
     ]
     for model in MODELS:
         for machine in MACHINES:
-            if (name := f"{model} on {machine}") not in plans:
+            stages = plans.get(f"{model} on {machine}")
+            if not stages:
                 continue
-            stages = {each["stage"]: each for each in plans[name]["stages"]}
             cells = [
                 cell(stages[each]) if each in stages else "not compiled"
                 for each in RECIPES
