@@ -45,6 +45,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint is damaged, missing, or could not be written."""
 
 
+class DirectoryError(CheckpointError):
+    """Checkpoints cannot be kept in a directory, and trying again does not change that."""
+
+
 class CheckpointMismatch(ValueError):
     """A sound checkpoint does not hold the arrays that were asked for."""
 
@@ -273,7 +277,7 @@ class Checkpoints:
             ):
                 raise PermissionError(errno.EACCES, "the directory is not writable")
         except OSError as error:
-            raise CheckpointError(
+            raise DirectoryError(
                 f"cannot keep checkpoints in {self.directory}: {_one_line(error)}"
             ) from None
         keep = [ocp.training.preservation_policies.LatestN(self._keep_latest)]
@@ -735,7 +739,7 @@ def _check_renames(directory: Any) -> None:
     """A checkpoint becomes whole by the renaming of its directory, which not every file system can do.
 
     Raises:
-      CheckpointError: this one cannot.
+      DirectoryError: this one cannot.
     """
     tried = directory / "renaming.orbax-checkpoint-tmp"
     renamed = directory / "renamed.orbax-checkpoint-tmp"
@@ -744,7 +748,7 @@ def _check_renames(directory: Any) -> None:
     try:
         tried.rename(renamed)
     except OSError as error:
-        raise CheckpointError(
+        raise DirectoryError(
             f"cannot keep checkpoints in {directory}: directories cannot be renamed there ({error.strerror}); of a"
             " bucket that is mounted, take one with a hierarchical namespace"
         ) from None

@@ -25,6 +25,7 @@ from gvjax.checkpoint import (
     CheckpointMismatch,
     Checkpoints,
     ConfigMismatch,
+    DirectoryError,
     digests,
     json_hash,
     restore_params,
@@ -376,7 +377,7 @@ def test_a_file_system_that_cannot_rename_directories_is_refused(tmp_path, monke
 
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, files_only)
-    with pytest.raises(CheckpointError, match="directories cannot be renamed there"):
+    with pytest.raises(DirectoryError, match="directories cannot be renamed there"):
         Checkpoints(tmp_path, every_steps=1)
 
 
