@@ -175,6 +175,23 @@ def initialize(
     )
 
 
+def check_alone(what: str) -> None:
+    """Refuses to be one of several processes, for what would be done by each of them.
+
+    Args:
+      what: such as "gvjax compare".
+
+    Raises:
+      ValueError: this process was started as one of several.
+    """
+    cluster, _ = _resolve(_Cluster(), os.environ)
+    if (count := cluster.num_processes or _detected_size(os.environ)) > 1:
+        raise ValueError(
+            f"{what} is the work of one process, which starts others by itself, and {count} were started; start one, on"
+            " one host, or take the recipes one by one with gvjax run, which many hosts share"
+        )
+
+
 def joined() -> bool:
     """Whether this process is one of several."""
     return jax.distributed.is_initialized()
