@@ -93,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         distributed.assert_same_on_all_hosts(
             f"{config.config_hash(settings)} {sorted(arguments.force)}"
         )
+        distributed.assert_shared(pathlib.Path(settings.run_dir))
     except ValueError as error:
         raise config.ConfigError(str(error)) from None
     console = Console(quiet=jax.process_index() != 0)

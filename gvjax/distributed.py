@@ -28,6 +28,7 @@ import json
 import logging
 import math
 import os
+import pathlib
 import secrets
 import selectors
 import signal
@@ -213,6 +214,30 @@ def assert_same_on_all_hosts(config_hash: str, batch_digest: str = "") -> None:
                 f"the {name} differs between processes: {others} have another than process 0; start all with the same "
                 f"command, files and versions (here, process {jax.process_index()}: {value})"
             )
+
+
+def assert_shared(directory: pathlib.Path) -> None:
+    """ValueError unless every process sees what process 0 writes to a directory. Call before anything is kept there.
+
+    A path on each machine's own disk looks the same everywhere, and is found out when a checkpoint is missing.
+    """
+    if jax.process_count() == 1:
+        return
+    mark = directory / "seen-by-all"
+    if jax.process_index() == 0:
+        # Where it cannot be written to is for others to say.
+        with contextlib.suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    multihost_utils.sync_global_devices("gvjax.distributed.assert_shared")
+    seen = multihost_utils.process_allgather(np.array(mark.exists()))
+    if jax.process_index() == 0:
+        mark.unlink(missing_ok=True)
+    if seen[0] and not seen.all():
+        raise ValueError(
+            f"run_dir {directory} is not shared: processes {np.flatnonzero(~seen).tolist()} do not see what process 0 "
+            "writes there; choose a directory on a file system that all hosts mount"
+        )
 
 
 def batch_digest(batch: Any) -> str:

@@ -147,6 +147,13 @@ def test_processes_with_different_batches_do_not_start(start):
     assert "first batch differs between processes: [1] have another" in group.errors()
 
 
+@pytest.mark.slow
+def test_a_directory_of_one_process_alone_is_refused(start):
+    group = start("apart")
+    assert group.codes(30) == [70, 70]
+    assert "is not shared: processes [1] do not see" in group.errors()
+
+
 def test_the_first_source_that_speaks_wins():
     arguments = distributed._Cluster("a:1", 2, 1)
     gvjax = {
