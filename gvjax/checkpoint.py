@@ -277,7 +277,7 @@ class Checkpoints:
             ):
                 raise PermissionError(errno.EACCES, "the directory is not writable")
         except OSError as error:
-            raise DirectoryError(
+            raise CheckpointError(
                 f"cannot keep checkpoints in {self.directory}: {_one_line(error)}"
             ) from None
         keep = [ocp.training.preservation_policies.LatestN(self._keep_latest)]
@@ -743,8 +743,14 @@ def _check_renames(directory: Any) -> None:
     """
     tried = directory / "renaming.orbax-checkpoint-tmp"
     renamed = directory / "renamed.orbax-checkpoint-tmp"
-    tried.mkdir(exist_ok=True)
-    (tried / "file").write_text("")
+    try:
+        tried.mkdir(exist_ok=True)
+        (tried / "file").write_text("")
+    except OSError as error:
+        # A full disk speaks for itself when something is saved.
+        if _is_full_disk(error):
+            return
+        raise
     try:
         tried.rename(renamed)
     except OSError as error:
