@@ -90,6 +90,8 @@ def table(plans: dict) -> str:
         "to each device for 512 samples of 128 tokens; see `collectives` in the JSON), which may well be what it takes.",
         "`mesh.gather_for_sampling=true` gathers them once, where they fit whole beside the rest; a `tensor` axis gathers less.",
         "",
+        "Where something does not fit, `gvjax plan` looks for what would (micro-batches, remat, sharding); this table does not.",
+        "",
         "Made by `python configs/results/make_plan.py`, at O0, with nothing but CPUs; see [plan.json](plan.json) for every",
         "program's bytes, operations and collectives.",
         "",
