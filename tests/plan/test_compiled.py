@@ -152,7 +152,7 @@ def long_rows(tmp_path):
 
 
 @needs_tpu
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_largest_batch_fits_and_one_row_more_does_not(long_rows):
     code, plan = planned("--on", "v5e-1", "--max-batch", config=long_rows)
     assert code == command.FITS
@@ -165,7 +165,7 @@ def test_the_largest_batch_fits_and_one_row_more_does_not(long_rows):
 
 
 @needs_tpu
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_whole_pipeline_needs_no_more_than_the_quick_one(tpu):
     code, plan = planned("--on", "v5e-4", "--full")
     assert (code, plan["pipeline"], tpu["pipeline"]) == (command.FITS, "full", "O0")
