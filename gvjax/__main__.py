@@ -109,7 +109,11 @@ def _done(commands, parsed: argparse.Namespace) -> int:
 
     try:
         return getattr(commands, _FUNCTIONS.get(parsed.verb, parsed.verb))(parsed)
-    except (config.ConfigError, checkpoint.CheckpointMismatch) as error:
+    except (
+        config.ConfigError,
+        checkpoint.CheckpointMismatch,
+        checkpoint.DirectoryError,
+    ) as error:
         print(f"gvjax {parsed.verb}: {error}", file=sys.stderr)
         return CONFIG_ERROR
     except commands.EXPECTED as error:

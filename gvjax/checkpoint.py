@@ -45,6 +45,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint is damaged, missing, or could not be written."""
 
 
+class DirectoryError(CheckpointError):
+    """Checkpoints cannot be kept in a directory, and trying again does not change that."""
+
+
 class CheckpointMismatch(ValueError):
     """A sound checkpoint does not hold the arrays that were asked for."""
 
@@ -267,6 +271,7 @@ class Checkpoints:
                 # Orbax sweeps too, but in the background, where it could be cut short.
                 for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
                     left.rmtree()
+                _check_renames(self.directory)
             if os.path.exists(self.directory) and not os.access(
                 self.directory, os.W_OK
             ):
@@ -728,6 +733,32 @@ def _is_full_disk(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _check_renames(directory: Any) -> None:
+    """A checkpoint becomes whole by the renaming of its directory, which not every file system can do.
+
+    Raises:
+      DirectoryError: this one cannot.
+    """
+    tried = directory / "renaming.orbax-checkpoint-tmp"
+    renamed = directory / "renamed.orbax-checkpoint-tmp"
+    try:
+        tried.mkdir(exist_ok=True)
+        (tried / "file").write_text("")
+    except OSError as error:
+        # A full disk speaks for itself when something is saved.
+        if _is_full_disk(error):
+            return
+        raise
+    try:
+        tried.rename(renamed)
+    except OSError as error:
+        raise DirectoryError(
+            f"cannot keep checkpoints in {directory}: directories cannot be renamed there ({error.strerror}); of a"
+            " bucket that is mounted, take one with a hierarchical namespace"
+        ) from None
+    renamed.rmtree()
 
 
 def _one_line(error: BaseException) -> str:

@@ -52,6 +52,7 @@ def compare(arguments: argparse.Namespace) -> int:
     settings = config.load(arguments.config, arguments.overrides)
     if not isinstance(settings, config.StudyConfig):
         raise _other_verb(arguments.config, settings)
+    _check_alone("gvjax compare")
     compare_roads(settings, Console())
     return 0
 
@@ -61,6 +62,7 @@ def gap(arguments: argparse.Namespace) -> int:
     settings = config.load(arguments.config, arguments.overrides)
     if not isinstance(settings, config.GapConfig):
         raise _other_verb(arguments.config, settings)
+    _check_alone("gvjax gap")
     console = Console()
     try:
         measure(settings, console)
@@ -68,6 +70,13 @@ def gap(arguments: argparse.Namespace) -> int:
         console.print(str(wanted), highlight=False)
         return distributed.ExitCode.PREEMPTED
     return 0
+
+
+def _check_alone(what: str) -> None:
+    try:
+        distributed.check_alone(what)
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -84,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         distributed.assert_same_on_all_hosts(
             f"{config.config_hash(settings)} {sorted(arguments.force)}"
         )
+        distributed.assert_shared(pathlib.Path(settings.run_dir))
     except ValueError as error:
         raise config.ConfigError(str(error)) from None
     console = Console(quiet=jax.process_index() != 0)

@@ -28,6 +28,7 @@ import json
 import logging
 import math
 import os
+import pathlib
 import secrets
 import selectors
 import signal
@@ -175,6 +176,23 @@ def initialize(
     )
 
 
+def check_alone(what: str) -> None:
+    """Refuses to be one of several processes, for what would be done by each of them.
+
+    Args:
+      what: such as "gvjax compare".
+
+    Raises:
+      ValueError: this process was started as one of several.
+    """
+    cluster, _ = _resolve(_Cluster(), os.environ)
+    if (count := cluster.num_processes or _detected_size(os.environ)) > 1:
+        raise ValueError(
+            f"{what} is the work of one process, which starts others by itself, and {count} were started; start one, on"
+            " one host, or take the recipes one by one with gvjax run, which many hosts share"
+        )
+
+
 def joined() -> bool:
     """Whether this process is one of several."""
     return jax.distributed.is_initialized()
@@ -196,6 +214,30 @@ def assert_same_on_all_hosts(config_hash: str, batch_digest: str = "") -> None:
                 f"the {name} differs between processes: {others} have another than process 0; start all with the same "
                 f"command, files and versions (here, process {jax.process_index()}: {value})"
             )
+
+
+def assert_shared(directory: pathlib.Path) -> None:
+    """ValueError unless every process sees what process 0 writes to a directory. Call before anything is kept there.
+
+    A path on each machine's own disk looks the same everywhere, and is found out when a checkpoint is missing.
+    """
+    if jax.process_count() == 1:
+        return
+    mark = directory / "seen-by-all"
+    if jax.process_index() == 0:
+        # Where it cannot be written to is for others to say.
+        with contextlib.suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    multihost_utils.sync_global_devices("gvjax.distributed.assert_shared")
+    seen = multihost_utils.process_allgather(np.array(mark.exists()))
+    if jax.process_index() == 0:
+        mark.unlink(missing_ok=True)
+    if seen[0] and not seen.all():
+        raise ValueError(
+            f"run_dir {directory} is not shared: processes {np.flatnonzero(~seen).tolist()} do not see what process 0 "
+            "writes there; choose a directory on a file system that all hosts mount"
+        )
 
 
 def batch_digest(batch: Any) -> str:

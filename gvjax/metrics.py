@@ -4,6 +4,7 @@ The JSONL file holds only what the computation determines, so that two runs of t
 unbroken one, have the same lines; clock times go to a file of their own.
 """
 
+import io
 import json
 import logging
 import math
@@ -141,9 +142,13 @@ class _Lines:
     """A file that lines are added to, and that may refuse to take them for a while."""
 
     def __init__(self, path: pathlib.Path):
-        # Unbuffered: what a full disk did not take is known to the byte.
-        self._file = path.open("ab", buffering=0)
+        self._path = path
+        self._file = self._opened()
         self._waiting = b""
+
+    def _opened(self) -> io.FileIO:
+        # Unbuffered: what a full disk did not take is known to the byte.
+        return self._path.open("ab", buffering=0)
 
     def add(self, line: str) -> None:
         self._waiting += line.encode()
@@ -158,6 +163,9 @@ class _Lines:
 
     def position(self) -> int:
         os.fsync(self._file.fileno())
+        # In a bucket that is mounted as a directory nothing is kept before a file is closed.
+        self._file.close()
+        self._file = self._opened()
         return self._file.tell()
 
     def rewind(self, position: int) -> None:

@@ -168,6 +168,17 @@ def shardings(mesh: Mesh, tree: Tree, rules: Rules) -> Tree:
     return jax.tree_util.tree_unflatten(treedef, [sharding(*each) for each in named])
 
 
+def without_fsdp(spec: P) -> P:
+    """A spec of which the fsdp axis splits nothing."""
+
+    def kept(axes):
+        if isinstance(axes, tuple):
+            return tuple(axis for axis in axes if axis != "fsdp") or None
+        return None if axes == "fsdp" else axes
+
+    return P(*(kept(axes) for axes in spec))
+
+
 def abstract(tree: Tree, tree_shardings: Tree) -> Tree:
     """`tree` as jax.ShapeDtypeStructs that carry `tree_shardings`: what a restore onto this mesh aims at."""
     return jax.tree.map(

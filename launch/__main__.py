@@ -29,17 +29,18 @@ what each backend needs
 examples
   # two processes here, four virtual CPU devices each
   python -m launch launch --backend local --name try --accelerator cpu-8 --processes 2 --run-dir runs/try \\
-      -- python -m gvjax run configs/dpo.yaml run_dir={{run_dir}}
+      -- python -m gvjax run configs/tour/sft.yaml run_dir={{run_dir}}
 
-  # what would a v5e-256 on GKE take? (prints the manifest and the kubectl commands)
-  python -m launch launch --dry-run --backend gke --name dpo --accelerator v5e-256 --mesh data=4,fsdp=-1 \\
+  # what would a v5e-64 on GKE take? (prints the manifest and the kubectl commands)
+  python -m launch launch --dry-run --backend gke --name sft --accelerator v5e-64 --mesh data=4,fsdp=-1 \\
       --image REGION-docker.pkg.dev/PROJECT/gvjax/gvjax:1 --project PROJECT --zone us-west4-a --cluster CLUSTER \\
-      --run-dir gs://BUCKET/dpo --secret HF_TOKEN -- python -m gvjax run configs/dpo.yaml run_dir={{run_dir}}
+      --run-dir gs://BUCKET/sft --secret HF_TOKEN \\
+      -- python -m gvjax run configs/tour/sft.yaml 'mesh={{mesh}}' run_dir={{run_dir}}
 
   # afterwards, from the same machine
-  python -m launch status dpo
-  python -m launch logs dpo
-  python -m launch stop dpo
+  python -m launch status sft
+  python -m launch logs sft
+  python -m launch stop sft
 
 the program
   What follows -- runs in every process, without a shell. {{name}}, {{run_dir}} and {{mesh}} in it are filled in.
@@ -102,7 +103,7 @@ def _add_launch_flags(launch: argparse.ArgumentParser) -> None:
     add("--backend", choices=spec_lib.BACKENDS, **none)
     add("--name", help="lower-case letters, digits, dashes; at most 40", **none)
     add("--accelerator", help="such as v5e-256, v5p-128, h100-8, cpu-8", **none)
-    add("--run-dir", metavar="DIR", help="gs://, s3:// or a shared path", **none)
+    add("--run-dir", metavar="DIR", help="gs://BUCKET/PATH or a shared path", **none)
     add("--mesh", help="checked here, such as data=4,fsdp=-1,tensor=4", **none)
     add("--env", action="append", metavar="NAME=VALUE", help="not secrets", **none)
     add(

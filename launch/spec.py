@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from launch import hw
+from launch import bucket, hw
 
 # The exit codes a gvjax process and its supervisors agree on.
 DONE = 0
@@ -42,7 +42,7 @@ _OPTIONAL = {
         *("partition", "account", "time_limit"),
     ),
     "sky": ("zone", "workdir", "image", "setup", "spot", "shared_mounts"),
-    "xpk": ("slices",),
+    "xpk": ("slices", "shared_mounts"),
 }
 _ALWAYS = (
     *("name", "backend", "argv", "accelerator", "mesh"),
@@ -50,7 +50,8 @@ _ALWAYS = (
 )
 BACKENDS = tuple(_REQUIRED)
 
-_OBJECT_STORES = ("gs://", "s3://")
+_MOUNTS = ("tpu-vm", "gke", "sky")
+"""Backends that mount a bucket where the program runs."""
 _NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run", "/local", "/scratch/local")
 _MISSING_IMAGE = "the container image that has gvjax in it"
 _MISSING = {
@@ -70,7 +71,7 @@ class JobSpec:
       backend: one of BACKENDS.
       argv: the program every process runs, without a shell. `{name}`, `{run_dir}` and `{mesh}` in it are filled in.
       accelerator: a name in `hw.table()`.
-      run_dir: where checkpoints go; `gs://`, `s3://`, or a directory that every host sees.
+      run_dir: where checkpoints go: a directory that every host sees, or `gs://BUCKET/PATH`, which some backends mount.
       slices: TPU slices joined by the data-center network.
       processes: for CPUs, and for GPUs on one machine; otherwise the hardware decides.
       mesh: sizes of the axes data, fsdp and tensor; one may be -1. Empty leaves it to the program.
@@ -163,7 +164,7 @@ class JobSpec:
         """`argv` filled in."""
         fill = {
             "{name}": self.name,
-            "{run_dir}": self.run_dir,
+            "{run_dir}": bucket.directory(self.run_dir),
             # As YAML, which is what an override `mesh={mesh}` of `gvjax run` takes.
             "{mesh}": "{"
             + ", ".join(f"{axis}: {n}" for axis, n in self.full_mesh.items())
@@ -308,12 +309,8 @@ def _wrong_run_dir(spec: JobSpec) -> list[str]:
     run_dir = spec.run_dir
     if not run_dir:
         return ["run_dir is missing: say where checkpoints go"]
-    if run_dir.startswith(_OBJECT_STORES):
-        if re.fullmatch(r"\w+://[a-z0-9][-_.a-z0-9]+(/.*)?", run_dir):
-            return []
-        return [f"run_dir {run_dir!r} has no bucket; write gs://BUCKET/PATH"]
     if "://" in run_dir:
-        return [f"run_dir {run_dir!r} must begin with gs:// or s3://, or be a path"]
+        return _wrong_bucket(spec)
     if spec.backend == "local":
         return []
     path = os.path.normpath(run_dir)
@@ -334,10 +331,35 @@ def _wrong_run_dir(spec: JobSpec) -> list[str]:
                 "--shared-mount"
             ]
         return []
-    way_out = "use gs://BUCKET/PATH"
+    ways_out = []
+    if spec.backend in _MOUNTS:
+        ways_out.append("use gs://BUCKET/PATH")
     if "shared_mounts" in _OPTIONAL[spec.backend]:
-        way_out += ", or a path under a mount you name with --shared-mount"
+        ways_out.append("a path under a mount you name with --shared-mount")
+    way_out = ", or ".join(ways_out)
     return [problem + f"it is on the disk of one machine, gone with it; {way_out}"]
+
+
+def _wrong_bucket(spec: JobSpec) -> list[str]:
+    run_dir = spec.run_dir
+    if not run_dir.startswith("gs://"):
+        return [
+            f"run_dir {run_dir!r} is no place for a run, which is written as files, with directories that are renamed; "
+            f"use gs://BUCKET/PATH with {' or '.join(_MOUNTS)}, or a path on a shared file system"
+        ]
+    if not bucket.of(run_dir):
+        return [f"run_dir {run_dir!r} has no bucket; write gs://BUCKET/PATH"]
+    if spec.backend in _MOUNTS:
+        return []
+    if spec.backend == "xpk":
+        return [
+            f"run_dir {run_dir!r}: XPK mounts buckets by itself; `xpk storage attach` this one (launch/README.md says "
+            "how), and give a path in its mount point, which you name with --shared-mount"
+        ]
+    return [
+        f"run_dir {run_dir!r}: a run is written as files, and {spec.backend} mounts no buckets; mount it on every host "
+        "and give the path of the mount"
+    ]
 
 
 def _wrong_hardware(spec: JobSpec, hardware: hw.Accelerator) -> list[str]:

@@ -43,6 +43,7 @@ def main(act: str, directory: pathlib.Path) -> None:
     me = jax.process_index()
     first = batch_at(100 * me if act == "differ" else 0)
     distributed.assert_same_on_all_hosts("config", distributed.batch_digest(first))
+    distributed.assert_shared(directory / str(me) if act == "apart" else directory)
 
     tensor = 4 if act == "tensor" else 1
     mesh = sharding.make_mesh(fsdp=2 if tensor == 1 else 1, tensor=tensor)

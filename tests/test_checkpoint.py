@@ -1,5 +1,6 @@
 """What is saved comes back, or the error says what did not."""
 
+import errno
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from gvjax.checkpoint import (
     CheckpointMismatch,
     Checkpoints,
     ConfigMismatch,
+    DirectoryError,
     digests,
     json_hash,
     restore_params,
@@ -362,6 +364,26 @@ def test_params_alone_are_handed_on(tmp_path, mesh):
         restore_params(
             tmp_path, half, prefix="train/params", expect={"tokenizer": "cd34"}
         )
+
+
+def test_a_file_system_that_cannot_rename_directories_is_refused(tmp_path, monkeypatch):
+    """Such as a bucket without a hierarchical namespace that is mounted: its first checkpoint would never be whole."""
+    rename = os.rename
+
+    def files_only(old, new, **options):
+        if os.path.isdir(old):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+        rename(old, new, **options)
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, files_only)
+    with pytest.raises(DirectoryError, match="directories cannot be renamed there"):
+        Checkpoints(tmp_path, every_steps=1)
+
+
+def test_trying_to_rename_leaves_nothing_behind(tmp_path):
+    with Checkpoints(tmp_path, every_steps=1):
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_arguments_are_refused(tmp_path, monkeypatch):

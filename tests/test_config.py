@@ -105,8 +105,9 @@ REFUSED = {
     ),
     "a bucket": (
         {**RUN, "run_dir": "gs://bucket/run"},
-        "run_dir is gs://bucket/run, but a run is written as files",
+        "run_dir: gs://bucket/run is a bucket's address, but a run is written as files",
     ),
+    "a bucket of a study": (study_with(run_dir="gs://bucket/run"), "mount the bucket"),
     # Sizes that do not fit each other.
     "micro-batches": (
         offline(batch_size=30, num_microbatches=4),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from distributed_worker import RULES, init, step
 
+from gvjax import __main__ as entry
 from gvjax import distributed, sharding
 
 WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
@@ -146,6 +147,13 @@ def test_processes_with_different_batches_do_not_start(start):
     assert "first batch differs between processes: [1] have another" in group.errors()
 
 
+@pytest.mark.slow
+def test_a_directory_of_one_process_alone_is_refused(start):
+    group = start("apart")
+    assert group.codes(30) == [70, 70]
+    assert "is not shared: processes [1] do not see" in group.errors()
+
+
 def test_the_first_source_that_speaks_wins():
     arguments = distributed._Cluster("a:1", 2, 1)
     gvjax = {
@@ -164,6 +172,39 @@ def test_the_first_source_that_speaks_wins():
     assert resolve(nobody, {**gvjax, **sky})[0] == distributed._Cluster("b:2", 4, 3)
     assert resolve(nobody, sky)[0] == distributed._Cluster("10.0.0.1:8476", 2, 0)
     assert resolve(nobody, {}) == (nobody, None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "alone"),
+    [
+        ({}, True),
+        ({"GVJAX_NUM_PROCESSES": "1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, False),
+        (
+            {
+                "GVJAX_COORDINATOR": "a:1",
+                "GVJAX_NUM_PROCESSES": "2",
+                "GVJAX_PROCESS_ID": "0",
+            },
+            False,
+        ),
+    ],
+)
+def test_a_study_is_not_done_once_by_each_of_several_processes(
+    environment, alone, monkeypatch, capsys
+):
+    for name in ("TPU_WORKER_HOSTNAMES", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if alone:
+        distributed.check_alone("gvjax compare")
+        return
+    config = str(pathlib.Path(__file__).parents[1] / "configs" / "smoke.yaml")
+    assert entry.main(["compare", config]) == 64
+    assert "gvjax compare is the work of one process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

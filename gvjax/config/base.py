@@ -20,6 +20,19 @@ FileName = Annotated[str, FILE]
 """A file or folder that a run reads: its content belongs to what a run computes."""
 
 
+def _is_path(run_dir: str) -> str:
+    if "://" in run_dir:
+        raise ValueError(
+            f"{run_dir} is a bucket's address, but a run is written as files, and this would become a directory of that name; mount"
+            " the bucket and give the path of the mount, or let `python -m launch` do both"
+        )
+    return run_dir
+
+
+RunDir = Annotated[str, pydantic.AfterValidator(_is_path)]
+"""A directory that a run is written to."""
+
+
 class ConfigError(ValueError):
     """A config that cannot be run; the message says which field, what is wrong and what would do."""
 

@@ -9,6 +9,7 @@ from gvjax.config.base import (
     ConfigError,
     Count,
     Positive,
+    RunDir,
     Scalar,
     Section,
     known,
@@ -288,7 +289,7 @@ class GapConfig(Section):
     """
 
     gap: str
-    run_dir: str
+    run_dir: RunDir
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     task: AnyTask
     model: dict[str, Scalar]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 import pydantic
 from pydantic import Field
 
-from gvjax.config.base import Scalar, Section, Unused, refuse_unused
+from gvjax.config.base import RunDir, Scalar, Section, Unused, refuse_unused
 from gvjax.config.recipes import AnyRecipe
 from gvjax.config.sections import (
     AnyTask,
@@ -40,7 +40,7 @@ class RunConfig(Section):
       mesh, logging, checkpoints, timeouts: see their sections.
     """
 
-    run_dir: str
+    run_dir: RunDir
     seed: Annotated[int, Field(ge=0)] = 0
     task: AnyTask
     model: dict[str, Scalar]
@@ -58,11 +58,6 @@ class RunConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _has_what_the_recipe_uses(self, info: pydantic.ValidationInfo) -> Self:
-        if "://" in self.run_dir:
-            raise ValueError(
-                f"run_dir is {self.run_dir}, but a run is written as files, and this would become a directory of that"
-                " name; mount the bucket and give the path of the mount"
-            )
         recipe = self.settings.recipe
         unused: Unused = []
         if recipe in ("reward", "best_of_n"):

@@ -208,12 +208,15 @@ class MeshSection(Section):
       tensor: heads, hidden units and the vocabulary are split.
       rows_per_call: completions that are sampled or scored at one time where nothing is learned from them (pairs,
         evaluation, best-of-n); fewer take less memory.
+      gather_for_sampling: every device gathers the policy's matrices once before it samples, in the model's dtype, and
+        holds them meanwhile, in place of gathering each of them from the fsdp axis at every token.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     rows_per_call: Count = 512
+    gather_for_sampling: bool = False
 
 
 class LoggingSection(Section):

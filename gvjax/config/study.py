@@ -5,7 +5,15 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import Field
 
-from gvjax.config.base import Count, Positive, Scalar, Section, known, refuse_unused
+from gvjax.config.base import (
+    Count,
+    Positive,
+    RunDir,
+    Scalar,
+    Section,
+    known,
+    refuse_unused,
+)
 from gvjax.config.reading import merge, validate
 from gvjax.config.recipes import RECIPES_OF_ROAD, RewardSection, SftSection, Trained
 from gvjax.config.sections import (
@@ -102,7 +110,7 @@ class StudyConfig(Section):
     """
 
     study: str
-    run_dir: str
+    run_dir: RunDir
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     task: AnyTask
     model: dict[str, Scalar]

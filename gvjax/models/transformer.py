@@ -25,11 +25,11 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gvjax import logps
+from gvjax.models import draws
 from gvjax.models.attention import (
     AttentionConfig,
     cached_attention,
@@ -389,8 +389,7 @@ class Block(nn.Module):
 def init(key: jax.Array, config: ModelConfig) -> Params:
     """Random parameters: kernels normal with variance 1/fan-in, residual outputs 1/√(2L) of that, embeddings 0.02.
 
-    All normal numbers come from one draw: a draw for each matrix would take longer to compile than a small network takes
-    to train.
+    All normal numbers are those of one draw, of which every matrix takes its piece: see `draws.normals`.
 
     Args:
       key: consumed.
@@ -436,13 +435,11 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
         stddev(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
         for path, leaf in leaves
     ]
-    sizes = [leaf.size if scale else 0 for (_, leaf), scale in zip(leaves, scales)]
-    drawn = jnp.split(
-        jax.random.normal(key, (sum(sizes),)), np.cumsum(sizes)[:-1].tolist()
-    )
+    shapes = [leaf.shape for (_, leaf), scale in zip(leaves, scales) if scale]
+    drawn = iter(draws.normals(key, shapes))
     filled = [
-        scale * numbers.reshape(leaf.shape) if scale else leaf
-        for (_, leaf), scale, numbers in zip(leaves, scales, drawn)
+        scale * next(drawn) if scale else leaf
+        for (_, leaf), scale in zip(leaves, scales)
     ]
     return jax.tree_util.tree_unflatten(treedef, filled)
 

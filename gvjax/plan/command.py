@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     with console.status("starting the compiler") as status:
         if parsed.json or not console.is_terminal:
             status.stop()
-        for event in _events(request):
+        for event in events(request):
             if "compiling" in event:
                 status.update(f"compiling {event['compiling']}")
                 if not console.is_terminal:
@@ -89,8 +89,15 @@ def main(argv: Sequence[str]) -> int:
     return FITS if fits else TOO_LARGE
 
 
-def _events(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the compiling process says, then what it died of, if it did."""
+def events(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the compiling process says, then what it died of, if it did.
+
+    Args:
+      request: of `request_of`.
+
+    Yields:
+      {"compiling": name of a program}, {"stage": see `report.stage_json`}, {"error": ...} or {"crash": ...}.
+    """
     command = [sys.executable, "-m", "gvjax.plan", json.dumps(request)]
     with tempfile.TemporaryFile("w+") as noise:
         # libtpu and XLA talk about the machine they miss; it is shown where something went wrong only.
@@ -115,6 +122,11 @@ def _events(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {
                 "crash": f"{said}\ngvjax plan: the compiler left with code {process.returncode}"
             }
+
+
+def request_of(argv: Sequence[str]) -> dict[str, Any]:
+    """What the compiling process is asked, from the words of a command line."""
+    return _request(_parser().parse_intermixed_args(argv))
 
 
 def _request(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -84,14 +84,15 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
             continue  # groups of one device: nothing moves
         if kind == "collective-permute":
             axes = axes.removeprefix("part of ")
+        arriving = match.group(1)
+        if f"{kind}-start(" in line:
+            arriving = _results(arriving, kind)
         moved = [
             (math.prod(_ints(dims)) * _BYTES.get(dtype, 4), f"{dtype}[{dims}]")
-            for dtype, dims in _SHAPE.findall(match.group(1))
+            for dtype, dims in _SHAPE.findall(arriving)
         ]
         largest, shape = max(moved)
-        # An asynchronous start lists operand and result: the larger is what arrives.
-        asynchronous = f"{kind}-start(" in line
-        size = largest if asynchronous else sum(each for each, _ in moved)
+        size = sum(each for each, _ in moved)
         count = times.get(computation, 1)
         found[kind, axes].append((count, count * size, largest, shape))
     made = [
@@ -105,6 +106,21 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
         for (kind, axes), each in found.items()
     ]
     return sorted(made, key=lambda each: -each.bytes)
+
+
+def _results(text: str, kind: str) -> str:
+    """The part of an asynchronous start's type that arrives: its second element, after the operands.
+
+    `(operand, result)`, `((operands), (results))`, or with more behind; that of an all-reduce has results alone.
+    """
+    parts, depth = [""], 0
+    for letter in text.removeprefix("(").removesuffix(")"):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return text if kind == "all-reduce" or not text.startswith("(") else parts[1]
 
 
 def kernels(text: str) -> dict[str, int]:
@@ -145,7 +161,11 @@ def _times(text: str) -> dict[str, int]:
         times[name] += factor
         for called, condition, trips in calls.get(name, ()):
             if condition and not trips:
-                known = [constants.get(name, 1) for name in bounds[condition]]
+                # On GPUs the comparison is in a fusion of its own.
+                compared = [condition, *(name for name, *_ in calls[condition])]
+                known = [
+                    constants.get(name, 1) for each in compared for name in bounds[each]
+                ]
                 trips = known[0] if len(known) == 1 else 1
             visit(called, factor * (trips or 1))
 

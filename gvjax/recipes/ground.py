@@ -57,6 +57,7 @@ class Ground:
       checkpoint: weights of transformers that policies start from; None starts from random ones.
       lora: what is trained instead of the whole policy; None trains all of it.
       rows_per_call: completions in one compiled call where nothing is learned.
+      gather_for_sampling: sampling reads matrices that the fsdp axis does not split.
 
     A policy is either plain parameters or, while adapters are trained, `lora.adapted(base, adapters)`; every function
     here takes both.
@@ -71,6 +72,7 @@ class Ground:
     checkpoint: str | None = None
     lora: LoraConfig | None = None
     rows_per_call: int = 512
+    gather_for_sampling: bool = False
 
     @property
     def logps_fn(self) -> LogpsFn:
@@ -431,6 +433,7 @@ def ground_of(
             completion_length=task.max_completion_length,
             checkpoint=model.get("checkpoint"),
             rows_per_call=mesh.rows_per_call,
+            gather_for_sampling=mesh.gather_for_sampling,
         )
         ground.policy_shapes()
     except ValueError as error:
@@ -638,7 +641,7 @@ def sampler(
         return sampling.generate(
             decode,
             init_cache,
-            transformer.decode_params(ground.model, ground.with_adapters(params)),
+            _decode_params(ground, params),
             prompts,
             lengths,
             key,
@@ -652,6 +655,30 @@ def sampler(
         )
 
     return sample
+
+
+def _decode_params(ground: Ground, policy: Params) -> Params:
+    """A policy as decoding reads it, laid out for that."""
+    params = ground.with_adapters(policy)
+    made = transformer.decode_params(ground.model, params)
+    if not ground.gather_for_sampling:
+        return made
+    placed = jax.tree.map(
+        lambda leaf: sharding.without_fsdp(leaf.spec),
+        sharding.shardings(ground.mesh, params, ground.rules),
+    )
+    # Stacked layers have a leading axis, which those that are taken apart have not.
+    layer = jax.tree.map(
+        lambda spec: P(*spec[1:]), placed["layers"], is_leaf=lambda x: isinstance(x, P)
+    )
+    specs = {**placed, "layers": (layer,) * ground.model.num_layers}
+    return jax.tree.map(
+        lambda p, spec: jax.lax.with_sharding_constraint(
+            p, NamedSharding(ground.mesh, spec)
+        ),
+        made,
+        specs,
+    )
 
 
 @cached

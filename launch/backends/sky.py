@@ -8,6 +8,7 @@ import shlex
 
 import yaml
 
+from launch import bucket
 from launch import spec as spec_lib
 from launch.backends import bash
 from launch.plan import Command, File, Plan
@@ -89,6 +90,9 @@ def task(spec: spec_lib.JobSpec) -> dict:
     values["num_nodes"] = spec.num_hosts if hardware.kind == "gpu" else 1
     if spec.workdir:
         values["workdir"] = spec.workdir
+    if name := bucket.of(spec.run_dir):
+        mount = {"source": f"gs://{name}", "mode": "MOUNT"}
+        values["file_mounts"] = {bucket.mount_point(name): mount}
     if spec.env:
         values["envs"] = dict(spec.env)
     if spec.secrets:

@@ -50,9 +50,8 @@ def stop(spec: spec_lib.JobSpec) -> Plan:
 
 
 def _log(spec: spec_lib.JobSpec) -> str:
-    """Beside the checkpoints; in the working directory when those are in an object store."""
-    directory = spec.workdir if "://" in spec.run_dir else spec.run_dir
-    return os.path.join(directory, f"{spec.name}.log")
+    """Beside the checkpoints."""
+    return os.path.join(spec.run_dir, f"{spec.name}.log")
 
 
 def script(spec: spec_lib.JobSpec) -> str:

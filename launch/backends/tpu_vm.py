@@ -7,6 +7,7 @@ the metadata server, slices included.
 
 import shlex
 
+from launch import bucket
 from launch import spec as spec_lib
 from launch.backends import bash
 from launch.plan import Command, File, Plan, Step, Wait, Watch
@@ -16,9 +17,11 @@ _TAKEN = "TERMINATED"
 
 
 def render(spec: spec_lib.JobSpec) -> Plan:
-    files = [File("job.sh", _job(spec)), File("start.sh", _start(spec))]
-    if spec.image or spec.setup:
-        files.append(File("setup.sh", _setup(spec)))
+    files = [
+        File("job.sh", _job(spec)),
+        File("start.sh", _start(spec)),
+        File("setup.sh", _setup(spec)),
+    ]
     start: tuple[Step, ...] = (
         _create(spec),
         _wait(spec),
@@ -182,9 +185,8 @@ def _start_everywhere(spec: spec_lib.JobSpec, files: list[File]) -> list[Command
                 f"copy the scripts to {node}",
             )
         )
-        if spec.image or spec.setup:
-            run = f"bash {directory}/setup.sh"
-            commands.append(_ssh(spec, node, "all", run, f"prepare {node}"))
+        run = f"bash {directory}/setup.sh"
+        commands.append(_ssh(spec, node, "all", run, f"prepare {node}"))
     for node in _nodes(spec):
         run = f"bash {directory}/start.sh"
         commands.append(_ssh(spec, node, "all", run, f"start the job on {node}"))
@@ -193,6 +195,8 @@ def _start_everywhere(spec: spec_lib.JobSpec, files: list[File]) -> list[Command
 
 def _setup(spec: spec_lib.JobSpec) -> str:
     lines = ["# Once on each host, before the job.", "set -euo pipefail"]
+    if name := bucket.of(spec.run_dir):
+        lines += bucket.mounting(name)
     lines += spec.setup
     if spec.image:
         registry = spec.image.partition("/")[0]
@@ -232,6 +236,13 @@ def _start(spec: spec_lib.JobSpec) -> str:
     )
 
 
+def _shared(spec: spec_lib.JobSpec) -> tuple[str, ...]:
+    """Directories of the host that a container has to see."""
+    name = bucket.of(spec.run_dir)
+    mounted = (bucket.mount_point(name),) if name else ()
+    return (*mounted, *spec.shared_mounts)
+
+
 def _job(spec: spec_lib.JobSpec) -> str:
     unit = _unit(spec)
     lines = [
@@ -257,6 +268,8 @@ def _job(spec: spec_lib.JobSpec) -> str:
             "--privileged",
             "--net=host",
         ]
+        for shared in _shared(spec):
+            docker.append(f"--volume={shared}:{shared}")
         command = f"{shlex.join([*docker, *names, spec.image])} {command}"
         lines.append(f"docker rm --force {unit} >/dev/null 2>&1")
     lines += [
@@ -265,7 +278,7 @@ def _job(spec: spec_lib.JobSpec) -> str:
         "code=$?",
     ]
     directory = f"$HOME/{_directory(spec)}"
-    if spec.run_dir.startswith("gs://"):
+    if bucket.of(spec.run_dir):
         target = shlex.quote(f"{spec.run_dir.rstrip('/')}/logs/")
         lines.append(f'gcloud storage cp "{directory}/log" {target}"$(hostname).log"')
     lines += [

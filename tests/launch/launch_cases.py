@@ -21,6 +21,7 @@ _PROGRAM = (
 _GOOGLE = {"project": "my-project", "zone": "us-east5-b"}
 _GKE = {**_GOOGLE, "cluster": "pods", "image": "us-docker.pkg.dev/my-project/r/gvjax:1"}
 _BUCKET = "gs://my-bucket/runs/dpo"
+_ATTACHED = {"run_dir": "/data/runs/dpo", "shared_mounts": ("/data",)}
 _ENV = {"JAX_LOG_LEVEL": "info", "NOTE": "two words"}
 
 _JOBS: dict[str, dict[str, Any]] = {
@@ -134,7 +135,7 @@ _JOBS: dict[str, dict[str, Any]] = {
         "accelerator": "h200-8",
         "image": "nvcr.io#nvidia/jax:25.10-py3",
         "workdir": "/home/me/gvjax",
-        "run_dir": "gs://my-bucket/runs/dpo",
+        "run_dir": "/lustre/me/runs/dpo",
     },
     "sky-v6e-16": {
         "backend": "sky",
@@ -149,7 +150,7 @@ _JOBS: dict[str, dict[str, Any]] = {
         "backend": "sky",
         "accelerator": "h100-16",
         "image": "docker.io/me/gvjax:1",
-        "run_dir": "s3://my-bucket/runs/dpo",
+        "run_dir": _BUCKET,
         "env": _ENV,
         "secrets": ("HF_TOKEN", "WANDB_API_KEY"),
         "spot": True,
@@ -159,7 +160,7 @@ _JOBS: dict[str, dict[str, Any]] = {
         "accelerator": "v5e-256",
         **_GKE,
         "slices": 2,
-        "run_dir": _BUCKET,
+        **_ATTACHED,
         "env": _ENV,
         "secrets": ("HF_TOKEN",),
     },
@@ -167,7 +168,7 @@ _JOBS: dict[str, dict[str, Any]] = {
         "backend": "xpk",
         "accelerator": "v5p-128",
         **_GKE,
-        "run_dir": _BUCKET,
+        **_ATTACHED,
     },
 }
 

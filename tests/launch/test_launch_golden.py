@@ -19,18 +19,31 @@ def test_no_stale_golden_files():
     assert {path.stem for path in GOLDEN.glob("*.txt")} == set(CASES)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_programs_are_given_directories(name):
+    """`gvjax run` refuses a bucket's address: what the program reads is where the bucket is mounted."""
+    spec = CASES[name]
+    (given,) = [word for word in spec.command if word.startswith("run_dir=")]
+    assert given.startswith("run_dir=/")
+    if spec.run_dir.startswith("gs://"):
+        assert given == f"run_dir=/gcs/{spec.run_dir.removeprefix('gs://')}"
+
+
 def test_every_backend_has_a_case():
     assert {spec.backend for spec in CASES.values()} == set(spec_lib.BACKENDS)
     assert set(backends.BY_NAME) == set(spec_lib.BACKENDS)
 
 
+_GOOGLE = {"project": "p", "zone": "z"}
+_GKE = {**_GOOGLE, "cluster": "c", "image": "i"}
+_BUCKET = {"run_dir": "gs://bucket/run"}
 _PLACES = {
-    "local": {},
-    "tpu-vm": {"project": "p", "zone": "z", "setup": ("true",)},
-    "gke": {"project": "p", "zone": "z", "cluster": "c", "image": "i"},
-    "slurm": {"workdir": "/w"},
-    "sky": {},
-    "xpk": {"project": "p", "zone": "z", "cluster": "c", "image": "i"},
+    "local": {"run_dir": "runs/job"},
+    "tpu-vm": {**_GOOGLE, **_BUCKET, "setup": ("true",)},
+    "gke": {**_GKE, **_BUCKET},
+    "slurm": {"workdir": "/w", "run_dir": "/lustre/run"},
+    "sky": _BUCKET,
+    "xpk": {**_GKE, "run_dir": "/data/run", "shared_mounts": ("/data",)},
 }
 
 
@@ -45,7 +58,6 @@ def test_every_accelerator_renders_or_is_refused(backend):
                 backend=backend,
                 argv=("true",),
                 accelerator=name,
-                run_dir="gs://bucket/run",
                 **_PLACES[backend],
             )
         except ValueError as error:

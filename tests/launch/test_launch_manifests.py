@@ -83,6 +83,28 @@ def test_jobset_keeps_the_contract(name):
     assert per_pod * pods == spec.hardware.chips * spec.slices
 
 
+@pytest.mark.parametrize("name", JOBSETS)
+def test_pods_mount_the_bucket_where_the_program_writes(name):
+    manifest = _manifest(name)
+    template = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    pod = template["spec"]
+    (container,) = pod["containers"]
+    (given,) = [w for w in container["command"] if w.startswith("run_dir=")]
+    points = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
+    assert given.startswith(f"run_dir={points['bucket']}/")
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert set(volumes) == set(points)
+    csi = volumes["bucket"]["csi"]
+    assert csi["driver"] == "gcsfuse.csi.storage.gke.io"
+    assert csi["volumeAttributes"]["bucketName"] == "my-bucket"
+    # Without it the driver's webhook adds no sidecar, and the mount never comes.
+    assert template["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
+    # On accelerators the defaults are for ever, and 200,000.
+    options = csi["volumeAttributes"]["mountOptions"].split(",")
+    assert "metadata-cache:ttl-secs:0" in options
+    assert "file-system:rename-dir-limit:0" in options
+
+
 def test_gpu_pods_know_each_other():
     env = {e["name"]: e for e in gke._env(CASES["gke-h100-32"])}
     # <jobset>-<replicated job>-<job>-<pod>.<jobset>, as JobSet names its pods.
@@ -111,5 +133,7 @@ def test_sky_task_gives_preemptions_to_skypilot():
         "recover_on_exit_codes": [spec_lib.PREEMPTED],
     }
     assert task["secrets"] == {"HF_TOKEN": None, "WANDB_API_KEY": None}
+    mount = {"source": "gs://my-bucket", "mode": "MOUNT"}
+    assert task["file_mounts"] == {"/gcs/my-bucket": mount}
     assert task["num_nodes"] == 2
     assert sky.task(CASES["sky-v6e-16"])["num_nodes"] == 1

@@ -1,14 +1,17 @@
 """Every command in launch/README.md works, and prints the lines shown under it."""
 
+import math
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from gvjax import config
 from launch import __main__ as main_lib
 
-README = Path(__file__).parents[2] / "launch" / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "launch" / "README.md"
 
 
 def _examples():
@@ -46,3 +49,24 @@ def test_readme_example(command, lines, monkeypatch, tmp_path, capsys):
     for line in lines:
         assert line in rest, f"not printed, or not in this order: {line}"
         rest = rest[rest.index(line) + 1 :]
+
+
+PROGRAMS = [command for command, _ in EXAMPLES if " --dry-run " in command]
+
+
+@pytest.mark.parametrize("command", PROGRAMS, ids=range(len(PROGRAMS)))
+def test_the_program_of_an_example_runs_on_its_machine(command):
+    """Its config is there, its mesh is all of the devices, and its batch divides over them."""
+    words = shlex.split(command)[3:]
+    spec = main_lib._job_from(main_lib._parser().parse_args(words))
+    program = [*spec.command]
+    at = program.index("run")
+    path = ROOT / program[at + 1].removeprefix("gvjax/")
+    settings = config.load(str(path), program[at + 2 :])
+    sizes = [settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor]
+    rest = spec.num_devices // math.prod(size for size in sizes if size > 0)
+    data, fsdp, tensor = (rest if size == -1 else size for size in sizes)
+    assert data * fsdp * tensor == spec.num_devices
+    assert settings.settings.batch_size % (data * fsdp) == 0
+    assert settings.model["num_heads"] % tensor == 0
+    assert settings.run_dir == program[-1].removeprefix("run_dir=")

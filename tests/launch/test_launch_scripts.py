@@ -11,9 +11,9 @@ import pytest
 import yaml
 from launch_cases import CASES
 
-from launch import backends, plan
+from launch import backends, bucket, plan
 from launch import spec as spec_lib
-from launch.backends import bash, slurm
+from launch.backends import bash, slurm, tpu_vm
 
 
 def _scripts():
@@ -139,6 +139,67 @@ def test_supervise_passes_sigterm_on_and_waits_for_the_checkpoint(tmp_path):
     assert process.returncode == 85
     assert "starting again" not in rest
     assert (tmp_path / "saved").exists()
+
+
+# ---- a TPU VM's scripts, with stand-ins for the machine ----
+
+
+def test_a_tpu_vm_runs_the_program_in_the_mounted_bucket(tmp_path, monkeypatch):
+    """setup.sh, twice, then job.sh: the bucket is mounted once, and what the program writes is in it."""
+    monkeypatch.setattr(bucket, "ROOT", str(tmp_path / "gcs"))
+    store = tmp_path / "buckets" / "my-bucket"
+    store.mkdir(parents=True)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    calls = tmp_path / "calls"
+    point = '"${@: -1}"'
+    for name, text in (
+        ("sudo", 'exec "$@"'),
+        ("curl", "echo a key"),
+        ("lsb_release", "echo jammy"),
+        ("tee", "cat >/dev/null"),
+        # What apt-get installs is what is not there before.
+        (
+            "apt-get",
+            f'[[ "$*" != *"install gcsfuse" ]] || mv {tools}/package {tools}/gcsfuse',
+        ),
+        ("mountpoint", f"[[ -L {point} ]]"),
+        ("package", f"rmdir {point} && ln -s {tmp_path}/buckets/${{@: -2:1}} {point}"),
+        ("gcloud", "true"),
+    ):
+        (tools / name).write_text(
+            f'#!/bin/bash\necho "$(basename "$0") $*" >>"{calls}"\n{text}\n'
+        )
+        (tools / name).chmod(0o755)
+    writes = "import sys; open(sys.argv[1] + '/made', 'w').write('here')"
+    spec = spec_lib.JobSpec(
+        name="job",
+        backend="tpu-vm",
+        argv=(sys.executable, "-c", writes, "{run_dir}"),
+        accelerator="v5e-16",
+        run_dir="gs://my-bucket/runs",
+        project="p",
+        zone="z",
+        setup=(f"mkdir -p {tmp_path}/gcs/my-bucket/runs",),
+    )
+    scripts = {file.path: file.text for file in tpu_vm.render(spec).files}
+    environment = os.environ | {
+        "PATH": f"{tools}:/usr/bin:/bin",
+        "HOME": str(tmp_path),
+    }
+    (tmp_path / ".gvjax" / "job").mkdir(parents=True)
+    for script in ("setup.sh", "setup.sh", "job.sh"):
+        (tmp_path / script).write_text(scripts[script])
+        result = subprocess.run(
+            ["bash", tmp_path / script], env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{script}: {result.stderr}"
+    assert (store / "runs" / "made").read_text() == "here"
+    assert (tmp_path / ".gvjax" / "job" / "exit_code").read_text() == "0\n"
+    mounts = [c for c in calls.read_text().splitlines() if c.startswith("gcsfuse ")]
+    assert len(mounts) == 1
+    assert "--metadata-cache-ttl-secs=0 " in mounts[0]
+    assert "--rename-dir-limit=0 my-bucket " in mounts[0]
 
 
 # ---- the Slurm script, with a stand-in for Slurm ----

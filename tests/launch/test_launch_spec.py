@@ -30,7 +30,8 @@ TPU_VM = {
     "backend": "tpu-vm",
     "setup": ("pip install gvjax",),
 }
-SKY = {**LOCAL, "backend": "sky", "accelerator": "h100-16", "run_dir": "s3://bucket/r"}
+SKY = {**LOCAL, "backend": "sky", "accelerator": "h100-16", "run_dir": "gs://bucket/r"}
+XPK = {**GKE, "backend": "xpk", "run_dir": "/data/r", "shared_mounts": ("/data",)}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,12 @@ SKY = {**LOCAL, "backend": "sky", "accelerator": "h100-16", "run_dir": "s3://buc
         (GKE, {"slices": 2, "mesh": {"tensor": 512}}, "reach beyond one slice"),
         (GKE, {"run_dir": "/home/me/run"}, "use gs://BUCKET/PATH"),
         (GKE, {"run_dir": "gs://"}, "no bucket"),
-        (GKE, {"run_dir": "hdfs://x/y"}, "gs:// or s3://"),
+        (GKE, {"run_dir": "hdfs://x/y"}, "use gs://BUCKET/PATH with tpu-vm or gke"),
+        (SKY, {"run_dir": "s3://bucket/r"}, "directories that are renamed"),
+        (SLURM, {"run_dir": "gs://bucket/r"}, "slurm mounts no buckets"),
+        (LOCAL, {"run_dir": "gs://bucket/r"}, "local mounts no buckets"),
+        (XPK, {"run_dir": "gs://bucket/r"}, "xpk storage attach"),
+        (XPK, {"run_dir": "/tmp/r"}, "a mount you name with --shared-mount"),
         (GKE, {"run_dir": ""}, "run_dir is missing"),
         (GKE, {"accelerator": "cpu-8"}, "runs on local or slurm"),
         (GKE, {"accelerator": "h200-1"}, "8 or more"),
@@ -91,7 +97,7 @@ SKY = {**LOCAL, "backend": "sky", "accelerator": "h100-16", "run_dir": "s3://buc
         (TPU_VM, {"spot": True, "reserved": True}, "exclude each other"),
         (SKY, {"accelerator": "tpu7x-8"}, "SkyPilot has no tpu7x-8"),
         (SKY, {"accelerator": "v6e-8", "image": "i"}, "no container on TPU VMs"),
-        ({**GKE, "backend": "xpk"}, {"accelerator": "h100-8"}, "with gke"),
+        (XPK, {"accelerator": "h100-8"}, "with gke"),
     ],
 )
 def test_bad_job_is_refused(job, change, said):
@@ -142,7 +148,7 @@ def test_program_is_filled_in():
     argv = ("python", "{name}", "out={run_dir}/{name}", "mesh={mesh}", "{other}")
     spec = spec_lib.JobSpec(**{**GKE, "argv": argv, "mesh": {"data": 4, "fsdp": -1}})
     assert spec.command == (
-        *("python", "job", "out=gs://bucket/run/job"),
+        *("python", "job", "out=/gcs/bucket/run/job"),
         *("mesh={data: 4, fsdp: 64}", "{other}"),
     )
 

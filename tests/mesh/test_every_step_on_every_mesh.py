@@ -13,6 +13,7 @@ import pytest
 from gvjax import config, sharding
 from gvjax.models import heads, transformer
 from gvjax.models.transformer import ModelConfig
+from gvjax.plan import hlo
 from gvjax.recipes import dpo, online_dpo, policy_gradient, ppo, reward, sft, single
 from gvjax.recipes.ground import Ground, ground_of, role_key, sampler, scorer
 from gvjax.tasks.tour import Tour
@@ -175,8 +176,7 @@ def test_three_steps_are_the_same_as_on_one_device(name, mesh):
     assert_same(train(CASES[name], ground_on(MESHES[mesh])), expected)
 
 
-def sample_on(sizes):
-    ground = ground_on(sizes)
+def sample_on(ground):
     prompts = random_tokens(0)[:8, :PROMPT]
     lengths, ids = np.full(8, PROMPT, np.int32), np.arange(8)
     prompts, lengths, ids = ground.put((prompts, lengths, ids))
@@ -188,10 +188,29 @@ def sample_on(sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_sampler_draws_the_same(mesh):
-    expected, found = sample_on((1, 1, 1)), sample_on(MESHES[mesh])
+    expected = sample_on(ground_on((1, 1, 1)))
+    found = sample_on(ground_on(MESHES[mesh]))
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_array_equal(found.completion_mask, expected.completion_mask)
     np.testing.assert_allclose(found.logps, expected.logps, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_matrices_may_be_gathered_once_for_sampling():
+    """In place of at every token; the same ones are drawn."""
+    often = ground_on((1, 4, 2))
+    once = dataclasses.replace(often, gather_for_sampling=True)
+    found, expected = sample_on(once), sample_on(often)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.logps, expected.logps, rtol=1e-6, atol=1e-6)
+    prompts, ids = once.put((np.ones((8, PROMPT), np.int32), np.arange(8)))
+    lowered = sampler(once, GROUP).lower(
+        placed(once)[0], prompts, ids, role_key(0, "test"), ids
+    )
+    moved = hlo.collectives(lowered.compile().as_text(), dict(once.mesh.shape))
+    over_fsdp = {each.kind: each.count for each in moved if each.axes == "fsdp"}
+    # Seven matrices of the one layer and the embeddings.
+    assert over_fsdp == {"all-gather": 8}
 
 
 def test_activations_are_constrained_and_logits_stay_split():

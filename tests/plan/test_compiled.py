@@ -138,6 +138,44 @@ def test_what_does_not_fit_is_told_by_the_exit_code(tmp_path):
     assert step["peak"] > plan["stages"][0]["usable"]
 
 
+@pytest.fixture
+def long_rows(tmp_path):
+    """A config whose rows take more than a gigabyte each, so that few of them fit and the search is short."""
+    config = tmp_path / "rows.yaml"
+    config.write_text(
+        "run_dir: runs/rows\n"
+        "task: {name: lengths, options: {vocab_size: 256, prompt_length: 4064, completion_length: 32}}\n"
+        "model: {embed_dim: 128, num_layers: 1, num_heads: 1, mlp_dim: 32768}\n"
+        "settings: {recipe: sft, batch_size: 8}\n"
+    )
+    return config
+
+
+@needs_tpu
+@pytest.mark.exhaustive
+def test_the_largest_batch_fits_and_one_row_more_does_not(long_rows):
+    code, plan = planned("--on", "v5e-1", "--max-batch", config=long_rows)
+    assert code == command.FITS
+    field, rows = plan["stages"][0]["largest_batch"]
+    assert field == "batch_size"
+    assert 8 < rows < 16
+    more = f"settings.batch_size={rows + 1}"
+    code, _ = planned("--on", "v5e-1", "--no-search", more, config=long_rows)
+    assert code == command.TOO_LARGE
+
+
+@needs_tpu
+@pytest.mark.exhaustive
+def test_the_whole_pipeline_needs_no_more_than_the_quick_one(tpu):
+    code, plan = planned("--on", "v5e-4", "--full")
+    assert (code, plan["pipeline"], tpu["pipeline"]) == (command.FITS, "full", "O0")
+    quick, full = programs_of(tpu), programs_of(plan)
+    assert full.keys() == quick.keys()
+    for name, row in full.items():
+        assert 0.5 * quick[name]["peak"] < row["peak"] <= 1.05 * quick[name]["peak"]
+        assert row["aliased"] >= row["donated"]
+
+
 @needs_tpu
 def test_slices_are_joined_over_data():
     """jax.make_mesh refuses several slices; data, or fsdp, spans them and tensor does not."""

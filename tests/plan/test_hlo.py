@@ -62,6 +62,40 @@ def test_an_asynchronous_start_counts_what_arrives():
     assert found.bytes == 24 * (2 * 8 * 2 + 4 * 8 * 4)
 
 
+@pytest.mark.parametrize(
+    ("shape", "kind", "size"),
+    [
+        ("((f32[2,8]{1,0}), f32[4,8]{1,0})", "all-gather", 128),
+        (
+            "((f32[2,8]{1,0}, /*index=1*/bf16[2,8]{1,0}), (f32[4,8]{1,0}, bf16[4,8]{1,0}))",
+            "all-gather",
+            128 + 64,
+        ),
+        ("(f32[4,8]{1,0}, f32[4,8]{1,0}, u32[], u32[])", "collective-permute", 128),
+        ("(f32[4,8]{1,0}, f32[8]{0})", "all-reduce", 128 + 32),
+        ("f32[4,8]{1,0:T(8,128)}", "all-reduce", 128),
+    ],
+)
+def test_asynchronous_starts_of_several_count_all_that_arrives(shape, kind, size):
+    groups = "{{0,1},{2,3},{4,5},{6,7}}"
+    (found,) = hlo.collectives(text(groups, kind, shape, "-start"), MESH)
+    assert (found.kind, found.bytes) == (kind, 24 * size)
+
+
+def test_a_loop_whose_condition_is_a_fusion():
+    fused = text("[4,2]<=[8]").replace(
+        "%condition.1 (p: (s32[], f32[8])) -> pred[] {",
+        "%fused_compare (q: s32[]) -> pred[] {",
+    )
+    fused = fused.replace(
+        "ENTRY",
+        "%condition.1 (p: (s32[], f32[8])) -> pred[] {\n"
+        "  ROOT %f = pred[] fusion(%i), kind=kLoop, calls=%fused_compare, metadata={}\n}\nENTRY",
+    )
+    (found,) = hlo.collectives(fused, MESH)
+    assert found.count == 24
+
+
 def test_one_device_groups_move_nothing():
     assert hlo.collectives(text("{{0},{1},{2},{3}}"), MESH) == []
 

@@ -76,7 +76,7 @@ RUN = "configs/tour/sft.yaml"
     ],
 )
 def test_bad_input_is_refused_before_anything_starts(words, said, capsys, monkeypatch):
-    monkeypatch.setattr(command, "_events", lambda request: pytest.fail("started"))
+    monkeypatch.setattr(command, "events", lambda request: pytest.fail("started"))
     assert command.main([RUN, *words]) == command.CONFIG_ERROR
     assert said in capsys.readouterr().err
 
