@@ -658,6 +658,8 @@ def _shown(bounds: Bounds) -> str:
 
 
 def _number(value: float) -> str:
+    # What rounding alone left is nothing.
+    value = 0.0 if abs(value) < 1e-9 else value
     return f"{value:.3g}".replace("-", "−")
 
 
