@@ -41,6 +41,7 @@ class Preloaded:
         environment |= {
             "JAX_PLATFORMS": "cpu",
             "COLUMNS": "200",
+            "JAX_ENABLE_COMPILATION_CACHE": "true",
             "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             # Compiled in a hurry: it is not speed that these tests are about.
