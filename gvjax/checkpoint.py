@@ -270,7 +270,9 @@ class Checkpoints:
             if jax.process_index() == 0:
                 # Orbax sweeps too, but in the background, where it could be cut short.
                 for left in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                    left.rmtree()
+                    # A save that was given up may still be writing there: then the next start sweeps it.
+                    with contextlib.suppress(OSError):
+                        left.rmtree()
                 _check_renames(self.directory)
             if os.path.exists(self.directory) and not os.access(
                 self.directory, os.W_OK
