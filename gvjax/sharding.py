@@ -268,15 +268,24 @@ def put_batch(mesh: Mesh, batch: Tree, *, global_batch: int | None = None) -> Tr
     """
     split, replicated = batch_sharding(mesh), NamedSharding(mesh, P())
 
-    def put(path, leaf):
+    def where(path, leaf):
         if np.ndim(leaf) == 0:
-            return jax.device_put(leaf, replicated)
+            return replicated
         if global_batch is None:
             check_batch_size(mesh, len(leaf), f"batch array {path_str(path)} of size")
-            if jax.process_count() == 1:
-                return jax.device_put(leaf, split)
+        return split
+
+    places = jax.tree_util.tree_map_with_path(where, batch)
+    if global_batch is None and jax.process_count() == 1:
+        # All at once: what a small network learns from is sooner computed than put down array by array.
+        return jax.device_put(batch, places)
+
+    def put(path, leaf, place):
+        if np.ndim(leaf) == 0:
+            return jax.device_put(leaf, place)
+        if global_batch is None:
             return jax.make_array_from_callback(
-                np.shape(leaf), split, lambda index: leaf[index]
+                np.shape(leaf), place, lambda index: leaf[index]
             )
         rows = process_rows(mesh, global_batch)
         if len(leaf) != len(rows):
@@ -292,10 +301,10 @@ def put_batch(mesh: Mesh, batch: Tree, *, global_batch: int | None = None) -> Tr
 
         # The global shape is always given: left to be inferred from local rows, each process would believe its own.
         return jax.make_array_from_callback(
-            (global_batch, *np.shape(leaf)[1:]), split, local
+            (global_batch, *np.shape(leaf)[1:]), place, local
         )
 
-    return jax.tree_util.tree_map_with_path(put, batch)
+    return jax.tree_util.tree_map_with_path(put, batch, places)
 
 
 def fetch(tree: Tree) -> Tree:

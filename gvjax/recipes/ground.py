@@ -341,7 +341,7 @@ class CompiledTraining:
         split = sharding.batch_sharding(self._ground.mesh)
         if jnp.ndim(leaf) == 0:
             split = NamedSharding(self._ground.mesh, P())
-        return jax.device_put(leaf, split)
+        return leaf if leaf.sharding == split else jax.device_put(leaf, split)
 
     @property
     def programs(self) -> tuple[jax.stages.Compiled, ...]:

@@ -256,11 +256,11 @@ def train(
             """Fetches the metrics of the rounds since the last time: the loop's only wait for the device."""
             for round_, metrics, timing in waiting:
                 values = {name: float(np.asarray(metrics[name])) for name in metrics}
-                if learning_rate is not None:
-                    update = round_ * updates_per_round
-                    values["learning_rate"] = float(learning_rate(update))
                 latest.update(values)
                 if written(round_):
+                    if learning_rate is not None:
+                        update = round_ * updates_per_round
+                        values["learning_rate"] = float(learning_rate(update))
                     log.write(round_ + 1, values, timing)
                 if math.isfinite(values["loss"]) and not values.get("skipped"):
                     notes["skipped_in_a_row"] = 0
