@@ -119,6 +119,7 @@ class Checkpoints:
         self._keep_every = keep_every
         self._on_full_disk = on_full_disk
         self._pending: int | None = None
+        self._gave_up = False
         self._orbax = self._open()
 
     def __enter__(self) -> "Checkpoints":
@@ -313,8 +314,11 @@ class Checkpoints:
             f"{self.latest_step()}"
         )
         self.last_error = failure
-        # Orbax counts its time limits by the wall clock, and gives a save up when that jumps.
-        gave_up = isinstance(error, TimeoutError) and self.latest_step() is not None
+        # Orbax counts its time limits by the wall clock, and gives a save up when that jumps. What that save still writes
+        # may then be in the way of the next one.
+        before, self._gave_up = self._gave_up, isinstance(error, TimeoutError)
+        in_the_way = before and isinstance(error, OSError) and not full
+        gave_up = (in_the_way or self._gave_up) and self.latest_step() is not None
         passed_over = gave_up or (full and self._on_full_disk == "continue")
         if passed_over and jax.process_count() == 1:
             logger.error("%s; going on without it", failure)

@@ -475,6 +475,11 @@ def test_a_save_that_takes_too_long_by_the_clock_is_passed_over(tmp_path, caplog
         assert "TimeoutError: after a year; the last good step is 1" in caplog.text
         with pytest.raises(CheckpointError, match=r"step 2 .* was not written"):
             checkpoints.failed(2, ValueError("a bug"))
+        # What the one that was given up still writes may be in the way of one more.
+        checkpoints.failed(2, TimeoutError("after a year"))
+        checkpoints.failed(3, OSError(errno.ENOTEMPTY, "Directory not empty"))
+        with pytest.raises(CheckpointError, match=r"step 3 .* was not written"):
+            checkpoints.failed(3, OSError(errno.ENOTEMPTY, "Directory not empty"))
         assert checkpoints.save(3, state, {})
     assert checkpoints.latest_step() == 3
 

@@ -232,9 +232,9 @@ def test_the_examples_take_two_steps_one_after_the_other(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        # All but the smallest, and real pairs without a gold reward, where asked for.
+        # All but the smallest where asked for.
         name
-        if name in ("smoke.yaml", "gap/hh.yaml")
+        if name == "smoke.yaml"
         else pytest.param(name, marks=pytest.mark.exhaustive)
         for name, path in zip(NAMES, PATHS)
         # The other size of Pythia and SmolLM2 have the same arms, or fewer.

@@ -221,16 +221,16 @@ def _shared_backward(config: AttentionConfig, kept, g):
     of_prompt, of_own = (part.astype(g.dtype) for part in (of_prompt, of_own))
     of_queries = _product("bkist,bktd->bkisd", to_prompt, prompt[0])
     of_queries += _product("bkist,bkitd->bkisd", to_own, own[0])
-    of_prompt = (
+    prompt_found = (
         _product("bkist,bkisd->bktd", to_prompt, queries),
         _product("bkist,bkisd->bktd", of_prompt, g),
     )
-    of_own = (
+    own_found = (
         _product("bkist,bkisd->bkitd", to_own, queries),
         _product("bkist,bkisd->bkitd", of_own, g),
     )
     like = (queries, prompt, own)
-    found = (of_queries, of_prompt, of_own)
+    found = (of_queries, prompt_found, own_found)
     return (*jax.tree.map(lambda x, y: x.astype(y.dtype), found, like), None)
 
 

@@ -86,6 +86,7 @@ def test_both_roads_of_two_processes_have_the_losses_of_one(preloaded, pair, alo
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_roads_of_four_processes_have_the_losses_of_one(preloaded, alone):
     # From what one process made. Heads and vocabulary are split between processes, two of which hold the same rows.
     ends = ROADS[2:]
