@@ -228,6 +228,17 @@ def test_the_examples_take_two_steps_one_after_the_other(tmp_path):
         assert (tmp_path / name / "result.json").exists()
 
 
+NEED_MORE_ROWS = (
+    # The samples of the tests have no validation prompt that is new, or no answer that ends within so few tokens.
+    "gap/ultrafeedback.yaml",
+    *(
+        f"paper/tldr/{name}.yaml"
+        for name in ("h3_prompts", "h4_narrow", "h5_scorers", "h6_rouge", "sizes")
+    ),
+)
+"""Studies of real rows that load and plan here, and take no steps."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
@@ -237,11 +248,10 @@ def test_the_examples_take_two_steps_one_after_the_other(tmp_path):
         if name == "smoke.yaml"
         else pytest.param(name, marks=pytest.mark.exhaustive)
         for name, path in zip(NAMES, PATHS)
+        if name not in NEED_MORE_ROWS
         # The other size of Pythia and SmolLM2 have the same arms, or fewer.
-        if (
-            path.parent == ROOT and name not in ("tldr_pythia_2b8.yaml", "smollm2.yaml")
-        )
-        or path.parent in (ROOT / "paper", ROOT / "paper" / "tldr", ROOT / "gap")
+        and name not in ("tldr_pythia_2b8.yaml", "smollm2.yaml")
+        and path.parent in (ROOT, ROOT / "paper", ROOT / "paper" / "tldr", ROOT / "gap")
     ],
 )
 def test_studies_take_two_steps_in_every_arm(name, tmp_path, elsewhere):
