@@ -202,6 +202,8 @@ class Checkpoints:
             self._orbax.wait()
         except Exception as error:
             self._failed(step, error)
+        else:
+            self._gave_up = False
 
     def close(self) -> None:
         """Waits for the write under way and releases Orbax' threads."""

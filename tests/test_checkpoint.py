@@ -481,7 +481,12 @@ def test_a_save_that_takes_too_long_by_the_clock_is_passed_over(tmp_path, caplog
         with pytest.raises(CheckpointError, match=r"step 3 .* was not written"):
             checkpoints.failed(3, OSError(errno.ENOTEMPTY, "Directory not empty"))
         assert checkpoints.save(3, state, {})
-    assert checkpoints.latest_step() == 3
+        # A save that comes through in between has shown that nothing is.
+        checkpoints.failed(4, TimeoutError("after a year"))
+        assert checkpoints.save(4, state, {})
+        with pytest.raises(CheckpointError, match=r"step 5 .* was not written"):
+            checkpoints.failed(5, OSError(errno.ENOTEMPTY, "Directory not empty"))
+    assert checkpoints.latest_step() == 4
 
 
 KILLED = """
