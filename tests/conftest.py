@@ -1,4 +1,6 @@
-"""Eight virtual CPU devices for the mesh tests, set before jax is first imported; and room for all the programs."""
+"""Eight virtual CPU devices for the mesh tests, set before jax is first imported; programs compiled in a hurry, and room for
+all of them.
+"""
 
 import gc
 import os
@@ -9,6 +11,9 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Commands that tests run keep no programs in the cache of whoever runs them.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# Nearly all programs here run for a moment, and take longer to compile: without LLVM's expensive passes, a third less.
+# XLA's own passes, which the tests of compiled programs read, stay. Children inherit it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

@@ -120,8 +120,6 @@ def chain(tmp_path_factory):
             **environment,
             "JAX_PLATFORMS": "cpu",
             "COLUMNS": "200",
-            # Compiled in a hurry, for a few steps each.
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         },
         capture_output=True,
         text=True,

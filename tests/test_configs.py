@@ -194,18 +194,15 @@ def test_loads_plans_and_says_how_to_run_it(path, monkeypatch, elsewhere, tmp_pa
         single.check(settings.settings, footing)
 
 
-HASTE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
-
 def run_lines(lines, tmp_path):
-    """Runs Python in a process with one device, as users have it; compiled in a hurry, for two steps each."""
+    """Runs Python in a process with one device, as users have it."""
     script = tmp_path / "script.py"
     script.write_text("\n".join(["from gvjax.__main__ import main", *lines]) + "\n")
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
         [sys.executable, str(script)],
         cwd=tmp_path,
-        env={**environment, "JAX_PLATFORMS": "cpu", **HASTE},
+        env={**environment, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )

@@ -30,6 +30,8 @@ ENVIRONMENT = {
     # Two plans at a time, or of two people, would otherwise fight over a lock file.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
+    # How much is optimised is what --full says, whatever the user has set for runs.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",
 }
 """What the compiling process gets, and nobody else: some of it would mislead a run about where it is."""
 

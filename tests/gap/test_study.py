@@ -85,8 +85,6 @@ def start(where: pathlib.Path, name: str, data, *overrides) -> subprocess.Popen:
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(where / "compiled"),
-        # Compiled in a hurry: it is not speed that these tests are about.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
     command = ["-m", "gvjax", "compare", f"{name}.yaml", f"run_dir={name}"]
