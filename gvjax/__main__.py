@@ -178,7 +178,8 @@ def _parser() -> argparse.ArgumentParser:
         "take one task down both roads and report which pays",
         "Trains every arm of the study for every seed, from the same SFT policy and the same pairs, and writes\n"
         "results.json and report.html to its run_dir. An interrupted study goes on where it was with the same\n"
-        "command; an edited one re-uses every stage that the edit does not touch.",
+        "command; an edited one re-uses every stage that the edit does not touch. After SIGTERM it leaves with\n"
+        "code 85. Started as several processes (see `gvjax run --help`) they do every stage together.",
     )
     overrides(compare, "compare")
     gap = verb(
@@ -187,8 +188,8 @@ def _parser() -> argparse.ArgumentParser:
         "First tier, without RL: trains reward models, a DPO policy and null scorers on the same pairs with the same tuning\n"
         "budget, holds their likelihoods, data needs and best-of-n choices against each other. Second tier, where the config\n"
         "has a `pilot`: takes both roads. Writes gap.json and gap.html to run_dir, verdict first, never more strongly than\n"
-        "the intervals allow. Resumes and re-uses stages as `compare` does; where people are the judge it leaves with code 85\n"
-        "until their sheets are filled in.",
+        "the intervals allow. Resumes, re-uses stages and takes several processes as `compare` does; where people are the\n"
+        "judge it leaves with code 85 until their sheets are filled in.",
     )
     overrides(gap, "gap")
     gap.add_argument(

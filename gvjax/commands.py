@@ -23,7 +23,8 @@ from gvjax.gap import statistics
 from gvjax.gap.compare import compare as compare_roads
 from gvjax.gap.gap import measure
 from gvjax.gap.judging import LabelsWanted
-from gvjax.gap.stages import BusyError, StageError
+from gvjax.gap.progress import check_together
+from gvjax.gap.stages import BusyError, StageError, code_fingerprint
 from gvjax.judges.llm import JudgeError
 from gvjax.judges.verifier import VerifierError
 from gvjax.recipes import reward, single
@@ -52,8 +53,12 @@ def compare(arguments: argparse.Namespace) -> int:
     settings = config.load(arguments.config, arguments.overrides)
     if not isinstance(settings, config.StudyConfig):
         raise _other_verb(arguments.config, settings)
-    _check_alone("gvjax compare")
-    compare_roads(settings, Console())
+    console = _joined(settings)
+    try:
+        compare_roads(settings, console)
+    except PreemptedError as preempted:
+        console.print(str(preempted), highlight=False)
+        return distributed.ExitCode.PREEMPTED
     return 0
 
 
@@ -62,21 +67,47 @@ def gap(arguments: argparse.Namespace) -> int:
     settings = config.load(arguments.config, arguments.overrides)
     if not isinstance(settings, config.GapConfig):
         raise _other_verb(arguments.config, settings)
-    _check_alone("gvjax gap")
-    console = Console()
+    console = _joined(settings)
     try:
         measure(settings, console)
-    except LabelsWanted as wanted:
-        console.print(str(wanted), highlight=False)
+    except (LabelsWanted, PreemptedError) as waiting:
+        console.print(str(waiting), highlight=False)
         return distributed.ExitCode.PREEMPTED
     return 0
 
 
-def _check_alone(what: str) -> None:
+def _joined(settings: config.StudyConfig | config.GapConfig) -> Console:
+    """As `_meet`, for what has stages."""
     try:
-        distributed.check_alone(what)
+        check_together(settings, distributed.promised())
     except ValueError as error:
         raise config.ConfigError(str(error)) from None
+    return _meet(settings, code_fingerprint())
+
+
+def _meet(
+    settings: config.RunConfig | config.StudyConfig | config.GapConfig, more: str
+) -> Console:
+    """Joins the other processes, if there are any, and returns where this one may print: only the first is heard.
+
+    Args:
+      settings: the same on all; they must all see its run_dir.
+      more: what else must be the same.
+
+    Raises:
+      ConfigError: they differ, or do not share the directory.
+    """
+    distributed.initialize(
+        heartbeat_timeout_s=settings.timeouts.heartbeat,
+        initialization_timeout_s=settings.timeouts.arrival,
+    )
+    try:
+        same = f"{config.config_hash(settings)} {more}"
+        distributed.assert_same_on_all_hosts("config", same)
+        distributed.assert_shared(pathlib.Path(settings.run_dir))
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from None
+    return Console(quiet=jax.process_index() != 0)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -85,18 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not isinstance(settings, config.RunConfig):
         raise _other_verb(arguments.config, settings)
     # Only now: a wrong config needs no device, and no other process.
-    distributed.initialize(
-        heartbeat_timeout_s=settings.timeouts.heartbeat,
-        initialization_timeout_s=settings.timeouts.arrival,
-    )
-    try:
-        distributed.assert_same_on_all_hosts(
-            f"{config.config_hash(settings)} {sorted(arguments.force)}"
-        )
-        distributed.assert_shared(pathlib.Path(settings.run_dir))
-    except ValueError as error:
-        raise config.ConfigError(str(error)) from None
-    console = Console(quiet=jax.process_index() != 0)
+    console = _meet(settings, str(sorted(arguments.force)))
     bar = Progress(
         TextColumn(settings.settings.recipe),
         BarColumn(),

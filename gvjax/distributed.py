@@ -24,6 +24,7 @@ import dataclasses
 import enum
 import faulthandler
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -68,6 +69,7 @@ _GOODBYE, _STUCK = b".", b"!"
 """What a process may say to the others before it ends; without a word it is gone."""
 
 _preempted = threading.Event()
+_asked = itertools.count(1)
 _lifelines: dict[int, socket.socket] = {}
 
 
@@ -176,21 +178,16 @@ def initialize(
     )
 
 
-def check_alone(what: str) -> None:
-    """Refuses to be one of several processes, for what would be done by each of them.
+def promised() -> int:
+    """How many processes the environment says were started together, before any of them has met another.
 
-    Args:
-      what: such as "gvjax compare".
+    A Cloud TPU VM says so only when it is asked, and counts as 1 here.
 
     Raises:
-      ValueError: this process was started as one of several.
+      ValueError: it contradicts itself or leaves something out.
     """
     cluster, _ = _resolve(_Cluster(), os.environ)
-    if (count := cluster.num_processes or _detected_size(os.environ)) > 1:
-        raise ValueError(
-            f"{what} is the work of one process, which starts others by itself, and {count} were started; start one, on"
-            " one host, or take the recipes one by one with gvjax run, which many hosts share"
-        )
+    return cluster.num_processes or _detected_size(os.environ)
 
 
 def joined() -> bool:
@@ -198,22 +195,25 @@ def joined() -> bool:
     return jax.distributed.is_initialized()
 
 
-def assert_same_on_all_hosts(config_hash: str, batch_digest: str = "") -> None:
-    """ValueError unless every process has the same config and the same first batch. Call before the first step.
+def assert_same_on_all_hosts(name: str, value: str) -> None:
+    """ValueError unless every process has the same config, first batch, or plan. Call before the first step.
 
     Nothing else would say so: an array that is replicated over processes may silently hold different data on each.
+
+    Args:
+      name: for people, e.g. "first batch".
+      value: what must be the same, or a digest of it.
     """
-    for name, value in (("config", config_hash), ("first batch", batch_digest)):
-        digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
-        if jax.process_count() == 1:
-            continue
-        digests = multihost_utils.process_allgather(digest)
-        others = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
-        if others:
-            raise ValueError(
-                f"the {name} differs between processes: {others} have another than process 0; start all with the same "
-                f"command, files and versions (here, process {jax.process_index()}: {value})"
-            )
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest)
+    others = np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
+    if others:
+        raise ValueError(
+            f"the {name} differs between processes: {others} have another than process 0; start all with the same "
+            f"command, files and versions (here, process {jax.process_index()}: {value})"
+        )
 
 
 def assert_shared(directory: pathlib.Path) -> None:
@@ -251,14 +251,29 @@ def batch_digest(batch: Any) -> str:
     return digest.hexdigest()
 
 
-def preemption_requested(step: int) -> bool:
-    """Whether to checkpoint and stop after this step. Call at every step, with the same numbers on every process.
+def from_first(tree: Any) -> Any:
+    """What process 0 gives, on every process, as host arrays; the others give arrays of the same shapes and dtypes."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
-    A SIGTERM to any one process makes this True on all of them at one and the same step, a step or two later. Alone,
-    it is True from the SIGTERM on.
+
+def wait_for_all(where: str) -> None:
+    """Until every process has come to this place, which all call by the same name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"gvjax: {where}")
+
+
+def preemption_requested() -> bool:
+    """Whether to checkpoint and stop now. Call at every step, and equally often on every process.
+
+    A SIGTERM to any one process makes this True on all of them at one and the same call, the next one or the one after
+    it. Alone, it is True from the SIGTERM on.
     """
     if jax.distributed.is_initialized():
-        return multihost_utils.reached_preemption_sync_point(step)
+        # Counted here: the sync point is a number ahead of all that were told so far, and one process may run several
+        # loops, each of which begins at step 1.
+        return multihost_utils.reached_preemption_sync_point(next(_asked))
     return _preempted.is_set()
 
 

@@ -42,7 +42,7 @@ def main(act: str, directory: pathlib.Path) -> None:
     distributed.initialize()
     me = jax.process_index()
     first = batch_at(100 * me if act == "differ" else 0)
-    distributed.assert_same_on_all_hosts("config", distributed.batch_digest(first))
+    distributed.assert_same_on_all_hosts("first batch", distributed.batch_digest(first))
     distributed.assert_shared(directory / str(me) if act == "apart" else directory)
 
     tensor = 4 if act == "tensor" else 1

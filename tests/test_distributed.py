@@ -192,19 +192,29 @@ def test_the_first_source_that_speaks_wins():
         ),
     ],
 )
-def test_a_study_is_not_done_once_by_each_of_several_processes(
-    environment, alone, monkeypatch, capsys
+def test_what_several_processes_cannot_do_together_is_refused_before_they_meet(
+    environment, alone, monkeypatch, capsys, tmp_path
 ):
     for name in ("TPU_WORKER_HOSTNAMES", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    assert (distributed.promised() == 1) == alone
     if alone:
-        distributed.check_alone("gvjax compare")
         return
-    config = str(pathlib.Path(__file__).parents[1] / "configs" / "smoke.yaml")
-    assert entry.main(["compare", config]) == 64
-    assert "gvjax compare is the work of one process" in capsys.readouterr().err
+    configs = pathlib.Path(__file__).parents[1] / "configs"
+
+    def met(**_):
+        raise AssertionError("this process would have waited for the others")
+
+    monkeypatch.setattr(distributed, "initialize", met)
+    assert entry.main(["compare", str(configs / "smoke.yaml"), "workers=2"]) == 64
+    said = capsys.readouterr().err
+    assert f"workers is 2, but {distributed.promised()} processes were started" in said
+    people = f"{{kind: human, directory: {tmp_path}}}"
+    quickstart = str(configs / "gap" / "quickstart.yaml")
+    assert entry.main(["gap", quickstart, f"judge={people}"]) == 64
+    assert "judge.kind is human, which one process asks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -262,16 +272,16 @@ def test_alone_sigterm_is_a_notice(monkeypatch):
     try:
         distributed.initialize()
         distributed.initialize(num_processes=1)
-        assert not distributed.preemption_requested(1)
+        assert not distributed.preemption_requested()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert distributed.preemption_requested(2)
+        assert distributed.preemption_requested()
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
     with pytest.raises(SystemExit) as left:
         distributed.exit_with(distributed.ExitCode.PREEMPTED)
     assert left.value.code == 85
-    distributed.assert_same_on_all_hosts("config", "batch")
+    distributed.assert_same_on_all_hosts("config", "value")
 
 
 def test_batch_digests_see_content_shape_dtype_and_name():

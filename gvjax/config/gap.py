@@ -24,6 +24,7 @@ from gvjax.config.sections import (
     LoggingSection,
     MeshSection,
     PairsSection,
+    TimeoutsSection,
 )
 from gvjax.config.study import ArmSection, AugmentationSection, StudyConfig
 
@@ -285,7 +286,7 @@ class GapConfig(Section):
       judge: who compares completions of the pilot's policies with those of the SFT policy.
       judged_prompts: test prompts on which that is done; null takes all.
       margins: see MarginsSection.
-      workers, mesh, logging: as for `gvjax compare`.
+      workers, mesh, logging, timeouts: as for `gvjax compare`.
     """
 
     gap: str
@@ -307,6 +308,7 @@ class GapConfig(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     mesh: MeshSection = MeshSection()
     logging: LoggingSection = LoggingSection(sample_every=0)
+    timeouts: TimeoutsSection = TimeoutsSection()
 
     @pydantic.model_validator(mode="after")
     def _can_be_measured(self, info: pydantic.ValidationInfo) -> Self:

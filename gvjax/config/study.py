@@ -24,6 +24,7 @@ from gvjax.config.sections import (
     LoraSection,
     MeshSection,
     PairsSection,
+    TimeoutsSection,
 )
 
 BEST_OFFLINE = "best offline"
@@ -105,8 +106,9 @@ class StudyConfig(Section):
       augmentation: see AugmentationSection; used by arms with `data: augmented`.
       contrasts: declared comparisons.
       best_of_n: sizes n at which best-of-n under each scorer is measured; () leaves it out.
-      workers: processes that share the stages out among themselves on a CPU; 0 means one a core.
-      mesh, logging: see their sections.
+      workers: processes that share the stages out among themselves on a CPU; 0 means one a core, or, where several
+        processes were started together, none: those do each stage together.
+      mesh, logging, timeouts: see their sections; of each stage.
     """
 
     study: str
@@ -127,6 +129,7 @@ class StudyConfig(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     mesh: MeshSection = MeshSection()
     logging: LoggingSection = LoggingSection(sample_every=0)
+    timeouts: TimeoutsSection = TimeoutsSection()
 
     @pydantic.model_validator(mode="after")
     def _has_gold(self) -> Self:

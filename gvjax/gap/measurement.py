@@ -210,8 +210,13 @@ def perform(
     seed, number, arm, trial = stage.place
     plan = _plan(settings, stage.code).tasks[number]
     scene = MeasuredScene(settings, plan, store, seed=seed, number=number)
-    directory = store.directory(stage)
-    run = loop.Run(directory, {"stage": stage.key}, settings.logging, progress=report)
+    run = loop.Run(
+        store.directory(stage),
+        {"stage": stage.key},
+        settings.logging,
+        timeouts=settings.timeouts,
+        progress=report,
+    )
     return scene.do(stage.kind, run, arm=arm, trial=trial)
 
 
@@ -341,9 +346,10 @@ class MeasuredScene(Scene):
                 for name, values in arrays.items()
             }
             arrays["optimum"] = np.full(len(prompts), top) if best is None else best
-            np.savez_compressed(
-                run.directory / f"{which}.npz", allow_pickle=False, **arrays
-            )
+            if jax.process_index() == 0:
+                np.savez_compressed(
+                    run.directory / f"{which}.npz", allow_pickle=False, **arrays
+                )
         return {}
 
     def do_resized(self, run: loop.Run, place: int) -> dict[str, Any]:

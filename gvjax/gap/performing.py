@@ -54,7 +54,11 @@ def perform(
     seed, task_number, arm, trial = stage.place
     scene = Scene(study, plan, store, seed=seed, task_number=task_number)
     run = loop.Run(
-        store.directory(stage), {"stage": stage.key}, study.logging, progress=report
+        store.directory(stage),
+        {"stage": stage.key},
+        study.logging,
+        timeouts=study.timeouts,
+        progress=report,
     )
     return scene.do(stage.kind, run, arm=arm, trial=trial)
 

@@ -1,5 +1,6 @@
-"""How stages are shared out, and how far they are, for whoever waits."""
+"""By how many processes stages are done, and how far they are, for whoever waits."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 
@@ -13,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from gvjax import config
+from gvjax import config, distributed
 from gvjax.gap.stages import (
     Perform,
     Stage,
@@ -32,18 +33,62 @@ def do_all(
     """Does what is not done yet, with a progress bar, and keeps the config beside it.
 
     Raises:
-      ConfigError: `workers` does not fit the devices.
-      StageError: a stage failed; the others stay done.
+      ConfigError: `workers` does not fit the devices, or several processes read other rows or run other code.
+      StageError, PreemptedError: see `run_stages`.
     """
-    workers = processes(settings)
-    frozen = store.root.parent / f"config-{config.config_hash(settings)}.json"
-    frozen.write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    with Watch(console, stages, workers) as watch:
+    workers = workers_of(settings)
+    keys = hashlib.sha256("".join(stage.key for stage in stages).encode()).hexdigest()
+    try:
+        distributed.assert_same_on_all_hosts("plan (data, code)", keys)
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from None
+    if jax.process_index() == 0:
+        frozen = store.root.parent / f"config-{config.config_hash(settings)}.json"
+        frozen.write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    with Watch(console, stages, workers * jax.process_count()) as watch:
         run_stages(stages, store, perform, workers=workers, watch=watch)
 
 
-def processes(settings: config.StudyConfig | config.GapConfig) -> int:
-    """One process a core on a CPU; one in all on accelerators, whose memory cannot be shared out."""
+ASKED_ONCE = ("llm", "human")
+"""Judges behind an endpoint or a sheet: asked by every process, they would be paid for as often."""
+
+
+def check_together(
+    settings: config.StudyConfig | config.GapConfig, processes: int
+) -> None:
+    """Refuses what several processes cannot do together; they need not have met.
+
+    Args:
+      settings: the study or measurement.
+      processes: how many were started.
+
+    Raises:
+      ConfigError: `workers` asks for more of them, or the judge is one to be asked once.
+    """
+    if processes == 1:
+        return
+    if settings.workers > 1:
+        raise config.ConfigError(
+            f"workers is {settings.workers}, but {processes} processes were started, which do every stage together and"
+            " start no others; leave workers out, or start one process"
+        )
+    if isinstance(settings, config.GapConfig) and settings.judge.kind in ASKED_ONCE:
+        raise config.ConfigError(
+            f"judge.kind is {settings.judge.kind}, which one process asks, and {processes} were started; take gold or"
+            " reward_model, which all of them compute, or start one process"
+        )
+
+
+def workers_of(settings: config.StudyConfig | config.GapConfig) -> int:
+    """Processes that do stages for this one: one a core on a CPU; on accelerators, whose memory cannot be shared out, and
+    where several processes were started, 1: each does them itself.
+
+    Raises:
+      ConfigError: `workers` does not fit the devices, or see `check_together`.
+    """
+    check_together(settings, jax.process_count())
+    if jax.process_count() > 1:
+        return 1
     if jax.default_backend() != "cpu":
         if settings.workers > 1:
             raise config.ConfigError(

@@ -1,4 +1,9 @@
-"""Stages of a study: each is done once, kept under the hash of everything it depends on, and shared out to processes."""
+"""Stages of a study: each is done once, and kept under the hash of everything it depends on.
+
+Stages are shared out to worker processes that this one starts, a stage to each; or, where several processes were started
+together, all of them do each stage together, over the devices of all. Of those the first alone writes, and says what is
+done: what it sees on a shared disk, another one may see later.
+"""
 
 import ast
 import contextlib
@@ -19,9 +24,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 import gvjax
+from gvjax import distributed
 from gvjax.gap.results import write_whole
+from gvjax.recipes.loop import PreemptedError
 
 try:
     import fcntl
@@ -92,7 +100,10 @@ class Store:
         return json.loads((self.directory(stage) / "result.json").read_text())
 
     def started(self) -> str:
-        """When the first work began here, ISO 8601, UTC: noted once, so that gathering again changes nothing."""
+        """When the first work began here, ISO 8601, UTC: noted once, so that gathering again changes nothing.
+
+        Of several processes the first is to ask first.
+        """
         path = self.root / "started"
         if not path.exists():
             self.root.mkdir(parents=True, exist_ok=True)
@@ -108,11 +119,14 @@ class Store:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps other processes out of this directory while inside.
+        """Keeps other processes out of this directory while inside; of several that work together the first holds it.
 
         Raises:
           BusyError: one is already there.
         """
+        if jax.process_index() != 0:
+            yield
+            return
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / "lock").open("w") as lock:
             if fcntl is not None:
@@ -184,19 +198,23 @@ def run_stages(
 ) -> None:
     """Does what is not done yet, parents first.
 
+    Several processes call it together, with the same stages.
+
     Args:
       stages: all of them, parents before children.
       store: where results are.
       perform: does one stage; a `functools.partial` of a module's function.
-      workers: processes, each on a core of its own; 1 works in this process.
+      workers: processes to start, each on a core of its own; 1 works in this process.
       watch: told `(stage, "running" | "done" | "kept", share in [0, 1], shown)`.
 
     Raises:
       StageError: a stage failed; those that were done stay done.
+      PreemptedError: SIGTERM came; those that were done stay done, and others go on from their latest checkpoint, which
+        in this process is made then.
     """
     waiting = []
-    for stage in stages:
-        if store.is_done(stage):
+    for stage, is_done in zip(stages, _done(stages, store)):
+        if is_done:
             watch(stage, "kept", 1.0, {})
         else:
             waiting.append(stage)
@@ -208,13 +226,27 @@ def run_stages(
         def report(done, total, shown, stage=stage):
             watch(stage, "running", done / max(total, 1), shown)
 
+        if distributed.preemption_requested():
+            raise PreemptedError(
+                f"stopped before {stage.label}, kept in {store.root}; the same command goes on"
+            )
         try:
             _do(stage, store, perform, report)
+        except PreemptedError:
+            raise
         except Exception as error:
             raise StageError(
                 f"{stage.label} failed:\n{traceback.format_exc()}"
             ) from error
         watch(stage, "done", 1.0, {})
+
+
+def _done(stages: Sequence[Stage], store: Store) -> list[bool]:
+    """Which are done, as the first process sees it."""
+    done = np.zeros(len(stages), bool)
+    if jax.process_index() == 0:
+        done[:] = [store.is_done(stage) for stage in stages]
+    return distributed.from_first(done).tolist()
 
 
 def share_compiled_programs(store: Store) -> None:
@@ -231,22 +263,26 @@ NOTED_EVERY = 1.0
 
 def _do(stage: Stage, store: Store, perform: Perform, report: Report) -> None:
     """Does a stage; its seconds are those of all attempts, as far as one that was killed had noted them."""
+    first = jax.process_index() == 0
     path = store.directory(stage) / "seconds"
-    before = float(path.read_text()) if path.exists() else 0.0
+    before = float(path.read_text()) if first and path.exists() else 0.0
     begun = noted = time.monotonic()
 
     def noting(done: int, total: int, shown: Mapping[str, float]) -> None:
         nonlocal noted
-        if time.monotonic() - noted > NOTED_EVERY:
+        if first and time.monotonic() - noted > NOTED_EVERY:
             noted = time.monotonic()
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, f"{before + noted - begun:.3f}\n")
         report(done, total, shown)
 
     result = perform(stage, store, noting)
-    seconds = before + time.monotonic() - begun
-    store.finish(stage, {"seconds": seconds, **result})
-    path.unlink(missing_ok=True)
+    if first:
+        seconds = before + time.monotonic() - begun
+        store.finish(stage, {"seconds": seconds, **result})
+        path.unlink(missing_ok=True)
+    # The next stage reads what this one has left.
+    distributed.wait_for_all(stage.key)
 
 
 def _share_out(waiting, store, perform, workers, watch) -> None:
@@ -287,6 +323,10 @@ def _share_out(waiting, store, perform, workers, watch) -> None:
             if time.monotonic() - looked > 1.0:
                 looked = time.monotonic()
                 _check_alive(running, desks)
+            if distributed.preemption_requested():
+                raise PreemptedError(
+                    f"stopped, kept in {store.root}; the same command goes on"
+                )
             try:
                 number, key, what, share, shown = news.get(timeout=1.0)
             except queue.Empty:

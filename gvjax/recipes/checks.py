@@ -26,7 +26,9 @@ def check_same_everywhere(batch: Any) -> None:
       ConfigError: it is not.
     """
     try:
-        distributed.assert_same_on_all_hosts("", distributed.batch_digest(batch))
+        distributed.assert_same_on_all_hosts(
+            "first batch", distributed.batch_digest(batch)
+        )
     except ValueError as error:
         raise config.ConfigError(str(error)) from None
 

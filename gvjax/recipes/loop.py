@@ -350,7 +350,7 @@ def train(
                         f"the last metrics could not be written: {error}"
                     ) from None
                 break
-            stop = distributed.preemption_requested(done)
+            stop = distributed.preemption_requested()
             if stop or done % run.checkpoints.every == 0:
                 save(done, force=stop)
             if stop:

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any, Self
 
+import jax
 import numpy as np
 
 from gvjax import sharding
@@ -96,7 +97,9 @@ class Pairs:
         )
 
     def save(self, path: pathlib.Path) -> None:
-        """Writes all arrays to one .npz file, in one piece."""
+        """Writes all arrays to one .npz file, in one piece; of several processes the first writes."""
+        if jax.process_index() != 0:
+            return
         arrays = {
             f"{name}.{part}": getattr(getattr(self, name), part)
             for name in ("prompts", "chosen", "rejected")

@@ -295,6 +295,7 @@ ALL_BUT_SFT = {
         ({"workers": 1}, set()),
         ({"run_dir": "elsewhere"}, set()),
         ({"logging": {"every": 3}}, set()),
+        ({"timeouts": {"step": 60.0}}, set()),
         ({"contrasts": []}, set()),
         ({"sft": {"steps": 21, "batch_size": 32}}, {("sft", ""), *ALL_BUT_SFT}),
         ({"pairs": {"count": 48, "heldout": 16}}, ALL_BUT_SFT),

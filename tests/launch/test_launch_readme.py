@@ -56,17 +56,26 @@ PROGRAMS = [command for command, _ in EXAMPLES if " --dry-run " in command]
 
 @pytest.mark.parametrize("command", PROGRAMS, ids=range(len(PROGRAMS)))
 def test_the_program_of_an_example_runs_on_its_machine(command):
-    """Its config is there, its mesh is all of the devices, and its batch divides over them."""
+    """Its config is there, its mesh is all of the devices, and its batches divide over them."""
     words = shlex.split(command)[3:]
     spec = main_lib._job_from(main_lib._parser().parse_args(words))
     program = [*spec.command]
-    at = program.index("run")
+    at = next(n for n, word in enumerate(program) if word in ("run", "compare"))
     path = ROOT / program[at + 1].removeprefix("gvjax/")
     settings = config.load(str(path), program[at + 2 :])
     sizes = [settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor]
     rest = spec.num_devices // math.prod(size for size in sizes if size > 0)
     data, fsdp, tensor = (rest if size == -1 else size for size in sizes)
     assert data * fsdp * tensor == spec.num_devices
-    assert settings.settings.batch_size % (data * fsdp) == 0
+    trained = [settings.settings] if program[at] == "run" else recipes(settings)
+    for section in trained:
+        for name in ("batch_size", "prompts_per_step"):
+            assert getattr(section, name, 0) % (data * fsdp) == 0
     assert settings.model["num_heads"] % tensor == 0
     assert settings.run_dir == program[-1].removeprefix("run_dir=")
+
+
+def recipes(study: config.StudyConfig) -> list[config.Section]:
+    """Everything that a study trains."""
+    arms = [each for arm in study.arms.values() for each in config.arm_settings(arm)]
+    return [study.sft, study.reward, *arms]

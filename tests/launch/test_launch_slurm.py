@@ -1,8 +1,8 @@
 """A real Slurm on this machine: a controller and two nodes, on which both roads are preempted and come back.
 
-`gvjax compare` shares its stages out among processes of one host and is no multi-host program, so the roads are taken by
-`gvjax run`: DPO, and RLOO on samples of the policy. Skipped where Slurm is not installed (Debian: slurm-wlm) or somebody
-else than root asks, whom slurmd would refuse.
+Two processes, one a node, do a study of both with `gvjax compare`, and each road by itself with `gvjax run`: DPO, and RLOO
+on samples of the policy. Skipped where Slurm is not installed (Debian: slurm-wlm) or somebody else than root asks, whom
+slurmd would refuse.
 """
 
 import json
@@ -192,13 +192,31 @@ def sft(tmp_path_factory):
     return directory / "run"
 
 
-def launch(cluster: Cluster, name: str, config: Path, run_dir: Path) -> None:
+STUDY = """\
+study: both roads
+seeds: [1]
+task: {name: tour, options: {num_nodes: 6, horizon: 4, num_goals: 2}}
+model: {embed_dim: 16, num_layers: 1, num_heads: 2, mlp_dim: 32}
+logging: {tensorboard: false, every: 1}
+sft: {steps: 20, batch_size: 16}
+pairs: {count: 32, heldout: 16}
+reward: {steps: 20, batch_size: 16, early_stop: true, evaluate_every: 10}
+evaluation: {test_prompts: 16, validation_prompts: 16}
+arms:
+  DPO: {road: offline, settings: {recipe: dpo, steps: 60, batch_size: 16, evaluate_every: 60}}
+  RLOO: {road: online, settings: {recipe: policy_gradient, steps: 60, prompts_per_step: 4, samples_per_prompt: 4,
+    evaluate_every: 60}}
+contrasts: [{a: RLOO, b: best offline, margin: 0.05}]
+"""
+
+
+def launch(cluster: Cluster, verb: str, name: str, config: Path, run_dir: Path) -> None:
     cluster(
         *(sys.executable, "-m", "launch", "launch", "--backend", "slurm"),
         *("--name", name, "--accelerator", "cpu-4", "--processes", "2"),
         *("--run-dir", str(run_dir), "--workdir", str(ROOT), "--grace", "60"),
         *("--shared-mount", str(run_dir.parent), "--partition", "spare"),
-        *("--", sys.executable, "-m", "gvjax", "run"),
+        *("--", sys.executable, "-m", "gvjax", verb),
         *(str(config), "run_dir={run_dir}"),
     )
 
@@ -207,14 +225,49 @@ def launch(cluster: Cluster, name: str, config: Path, run_dir: Path) -> None:
 def test_preempted_run_comes_back_to_the_same_numbers(cluster, sft, tmp_path, recipe):
     config = tmp_path / "config.yaml"
     config.write_text(f"{BASE}start: {sft}\n{SETTINGS[recipe]}")
+    unbroken, preempted = (
+        [json.loads((directory / "result.json").read_text()), _metrics(directory)]
+        for directory in done_twice(cluster, "run", recipe, config, "metrics.jsonl")
+    )
+    assert preempted == unbroken
+
+
+def test_preempted_study_comes_back_to_the_same_numbers(cluster, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(STUDY)
+    # In the first arm, whichever that is.
+    under_way = "stages/trial-*/metrics.jsonl"
+    unbroken, preempted = done_twice(cluster, "compare", "study", config, under_way)
+    stages = sorted(path.name for path in (unbroken / "stages").glob("*-*"))
+    assert len(stages) == 5
+    for stage in stages:
+        ours, theirs = (each / "stages" / stage for each in (preempted, unbroken))
+        assert _timeless(ours / "result.json") == _timeless(theirs / "result.json")
+        if (theirs / "metrics.jsonl").exists():
+            assert _metrics(ours) == _metrics(theirs)
+    found, expected = (_timeless(d / "results.json") for d in (preempted, unbroken))
+    for name in ("config", "config_hash", "started"):
+        # The run directory is another, and so is the time.
+        del found[name], expected[name]
+    assert found == expected
+    assert (preempted / "report.html").exists()
+
+
+def done_twice(
+    cluster: Cluster, verb: str, what: str, config: Path, under_way: str
+) -> list[Path]:
+    """The directories of a command that nobody disturbed, and of one that was preempted with three lines written.
+
+    Args:
+      under_way: a pattern of metrics files.
+    """
     directories = {}
-    for name in (f"{recipe}-unbroken", f"{recipe}-preempted"):
-        run_dir = directories[name] = tmp_path / name
-        launch(cluster, name, config, run_dir)
-        metrics = run_dir / "metrics.jsonl"
+    for name in (f"{what}-unbroken", f"{what}-preempted"):
+        run_dir = directories[name] = config.parent / name
+        launch(cluster, verb, name, config, run_dir)
         if name.endswith("preempted"):
-            written = lambda metrics=metrics: (  # noqa: E731
-                metrics.exists() and metrics.read_text().count("\n") >= 3
+            written = lambda run_dir=run_dir: any(  # noqa: E731
+                each.read_text().count("\n") >= 3 for each in run_dir.glob(under_way)
             )
             cluster.until(written, f"{name} under way", 300)
             cluster(
@@ -229,11 +282,18 @@ def test_preempted_run_comes_back_to_the_same_numbers(cluster, sft, tmp_path, re
             "preempted"
         )
     assert cluster.state("urgent") == "COMPLETED"
-    unbroken, preempted = (
-        [json.loads((directory / "result.json").read_text()), _metrics(directory)]
-        for directory in directories.values()
-    )
-    assert preempted == unbroken
+    return list(directories.values())
+
+
+def _timeless(path: Path):
+    """JSON without the seconds that things took."""
+
+    def timeless(value):
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items() if k != "seconds"}
+        return [timeless(v) for v in value] if isinstance(value, list) else value
+
+    return timeless(json.loads(path.read_text()))
 
 
 def _metrics(directory: Path) -> list[dict]:

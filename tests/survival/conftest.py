@@ -32,3 +32,11 @@ def whole(preloaded):
         return done[recipe]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def study(preloaded):
+    """The directory of an unbroken study by one process."""
+    process = preloaded.start("compare", "study.yaml", "run_dir=study", "workers=1")
+    assert process.wait() == 0, process.said()
+    return preloaded.directory / "study"

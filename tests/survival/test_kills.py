@@ -1,13 +1,12 @@
 """Killed anywhere, started again with the same command, every recipe ends in the bits and lines of an unbroken run."""
 
-import json
 import pathlib
 import random
+import signal
 import time
 
 import pytest
-import yaml
-from toy_runs import RECIPES, ROUNDS, STUDY, assert_same
+from toy_runs import RECIPES, ROUNDS, assert_same, numbers_of
 
 
 def faults(recipe: str, rng: random.Random) -> list:
@@ -58,24 +57,6 @@ def test_killed_a_few_times_it_ends_in_the_same_bits(preloaded, whole, recipe):
     kill_and_resume(preloaded, whole, recipe, kills=2, seed=1)
 
 
-def numbers_of(study: pathlib.Path) -> tuple:
-    """Results and metrics of all stages, but for clock times."""
-
-    def timeless(value):
-        if isinstance(value, dict):
-            return {k: timeless(v) for k, v in value.items() if k != "seconds"}
-        return [timeless(v) for v in value] if isinstance(value, list) else value
-
-    results = json.loads((study / "results.json").read_text())
-    for name in ("config", "config_hash", "started"):
-        del results[name]
-    metrics = {
-        path.parent.name: path.read_bytes()
-        for path in study.glob("stages/*/metrics.jsonl")
-    }
-    return timeless(results), metrics
-
-
 def children_of(pid: int) -> list[int]:
     listed = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
     return [int(child) for child in listed.read_text().split()]
@@ -91,15 +72,13 @@ def is_there(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="needs /proc")
-def test_a_study_killed_within_and_between_stages_has_the_same_numbers(preloaded):
-    (preloaded.directory / "study.yaml").write_text(yaml.safe_dump(STUDY))
-
+def test_a_study_killed_within_and_between_stages_has_the_same_numbers(
+    preloaded, study
+):
     def compare(name, workers, act=None):
         command = ("compare", "study.yaml", f"run_dir={name}", f"workers={workers}")
         return preloaded.start(*command, act=act)
 
-    process = compare("study", 1)
-    assert process.wait() == 0, process.said()
     # The leader of two workers, which must not go on without it beside the next leader's.
     process = compare("killed", 2)
     while "%" not in process.said():
@@ -121,9 +100,33 @@ def test_a_study_killed_within_and_between_stages_has_the_same_numbers(preloaded
     process = compare("killed", 1)
     assert process.wait() == 0, process.said()
     assert "stages were done before and were kept" in process.said()
-    assert numbers_of(preloaded.directory / "killed") == numbers_of(
-        preloaded.directory / "study"
-    )
+    assert numbers_of(preloaded.directory / "killed") == numbers_of(study)
+
+
+@pytest.mark.slow
+def test_a_study_told_to_go_leaves_with_85_and_comes_back_to_the_same_numbers(
+    preloaded, study
+):
+    def compare(workers):
+        act = [("slow_rounds", 0.1)]
+        command = ("compare", "study.yaml", "run_dir=told", f"workers={workers}")
+        return preloaded.start(*command, act=act)
+
+    # In this process there is a round to stop after; of two workers the leader is told.
+    process = compare(1)
+    process.reached(3)
+    process.send(signal.SIGTERM)
+    assert process.wait() == 85, process.said()
+    assert "stopped after round" in process.said()
+    process = compare(2)
+    while "%" not in process.said():
+        time.sleep(0.01)
+    workers = children_of(process.pid)
+    process.send(signal.SIGTERM)
+    assert process.wait() == 85, process.said()
+    assert not any(map(is_there, workers))
+    assert compare(1).wait() == 0
+    assert numbers_of(preloaded.directory / "told") == numbers_of(study)
 
 
 KILLS = {recipe: {"sft": 18, "reward": 6}.get(recipe, 4) for recipe in RECIPES}

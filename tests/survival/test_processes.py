@@ -1,4 +1,4 @@
-"""`gvjax run` as several processes: one process' numbers on both roads, and an end for all when one of them ends."""
+"""`gvjax run` and `compare` as several processes: one process' numbers, and an end for all when one of them ends."""
 
 import json
 import pathlib
@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from toy_runs import numbers_of
 
 from gvjax import distributed
 
@@ -182,3 +183,70 @@ def test_processes_with_different_configs_or_without_all_peers_do_not_start(prel
     process = preloaded.group(2, *command, started=1)[0]
     assert process.wait(30) not in (0, 85)
     assert not (preloaded.directory / "missing").exists()
+
+
+def study_of_two(preloaded, where: str, act=None):
+    """`gvjax compare` by two processes with a device each."""
+    return preloaded.group(2, "compare", "study.yaml", f"run_dir={where}", act=act)
+
+
+@pytest.fixture(scope="module")
+def study_pair(preloaded):
+    """Both roads of a study by two processes, unbroken."""
+    group = study_of_two(preloaded, "together")
+    assert codes(group) == [0, 0], said(group)
+    # One of them is heard.
+    assert "5 stages, 2 processes" in group[0].said()
+    assert "stages" not in group[1].said()
+    return preloaded.directory / "together"
+
+
+@pytest.mark.slow
+def test_a_study_by_two_processes_has_the_numbers_of_one_and_a_rerun_repeats_nothing(
+    preloaded, study, study_pair
+):
+    (found, lines), (expected, _) = numbers_of(study_pair), numbers_of(study)
+    assert len(lines) == 4
+    assert_close(found, expected)
+    before = (study_pair / "results.json").read_bytes()
+    group = study_of_two(preloaded, "together")
+    assert codes(group) == [0, 0], said(group)
+    assert "5 of 5 stages were done before" in group[0].said()
+    assert (study_pair / "results.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_study_by_two_processes_stopped_and_killed_comes_back_to_the_same_bits(
+    preloaded, study_pair
+):
+    group = study_of_two(preloaded, "apart", act=[("slow_rounds", 0.1)])
+    group[1].reached(3)
+    group[1].send(signal.SIGTERM)
+    assert codes(group) == [85, 85], said(group)
+    beats = [pathlib.Path(f"{each.place}.beats").stat().st_size for each in group]
+    assert beats[0] == beats[1] < 8
+    assert f"stopped after round {beats[0]} of 8, checkpointed" in group[0].said()
+    # The first alone marks stages as done: it dies between two of them.
+    group = study_of_two(preloaded, "apart", act=[("kill_after_stage", 3)])
+    ended = codes(group)
+    assert ended[0] == -signal.SIGKILL and ended[1] not in (0, 64, 85), said(group)
+    group = study_of_two(preloaded, "apart")
+    assert codes(group) == [0, 0], said(group)
+    assert "3 of 5 stages were done before" in group[0].said()
+    assert numbers_of(preloaded.directory / "apart") == numbers_of(study_pair)
+
+
+def assert_close(found, expected, at: str = "results") -> None:
+    """Same names, texts and counts; numbers within what another order of sums changes."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), at
+        for name, value in expected.items():
+            assert_close(found[name], value, f"{at}.{name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), at
+        for place, (ours, theirs) in enumerate(zip(found, expected)):
+            assert_close(ours, theirs, f"{at}.{place}")
+    elif isinstance(expected, float):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4, err_msg=at)
+    else:
+        assert found == expected, at

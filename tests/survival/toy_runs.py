@@ -1,5 +1,6 @@
 """Configs of every recipe at toy size, which tests start as processes."""
 
+import json
 import pathlib
 
 import jax
@@ -98,7 +99,8 @@ STUDY = {
 
 
 def write_runs(directory: pathlib.Path) -> None:
-    """`<recipe>.yaml` for each, run in directories of their names."""
+    """`<recipe>.yaml` for each, run in directories of their names, and `study.yaml`."""
+    (directory / "study.yaml").write_text(yaml.safe_dump(STUDY))
     for name, fields in RECIPES.items():
         config = {"run_dir": name, **TOY, **fields}
         (directory / f"{name}.yaml").write_text(yaml.safe_dump(config))
@@ -115,3 +117,21 @@ def assert_same(found: pathlib.Path, expected: pathlib.Path) -> None:
         params = [model.params for model in params]
     same = jax.tree.map(np.array_equal, *params)
     assert all(jax.tree.leaves(same)), same
+
+
+def numbers_of(study: pathlib.Path) -> tuple:
+    """Results and metrics of all stages, but for clock times."""
+
+    def timeless(value):
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items() if k != "seconds"}
+        return [timeless(v) for v in value] if isinstance(value, list) else value
+
+    results = json.loads((study / "results.json").read_text())
+    for name in ("config", "config_hash", "started"):
+        del results[name]
+    metrics = {
+        path.parent.name: path.read_bytes()
+        for path in study.glob("stages/*/metrics.jsonl")
+    }
+    return timeless(results), metrics
