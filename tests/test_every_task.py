@@ -93,6 +93,7 @@ def test_shapes_types_and_ranges(task):
         assert (rows.tokens[~inside] == task.pad_id).all()
         assert (rows.tokens[inside] != task.pad_id).all()
         assert 0 <= rows.tokens.min() <= rows.tokens.max() < task.vocab_size
+    assert prompts.lengths.min() >= getattr(task, "min_prompt_length", 0)
     if task.eos_id is None:
         assert (demonstrations.lengths == task.max_completion_length).all()
     else:

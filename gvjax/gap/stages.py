@@ -300,6 +300,7 @@ def _share_out(waiting, store, perform, workers, watch) -> None:
             process.start()
         desks[number] = (process, tasks)
     by_key = {stage.key: stage for stage in waiting}
+    waiting = _most_to_follow_first(waiting)
     idle, running = list(desks), dict[int, Stage]()
     compiled: set[tuple[str, str, int]] = set()
     looked = time.monotonic()
@@ -349,6 +350,22 @@ def _programs(stage: Stage) -> tuple[str, str, int]:
     """Stages with the same value run the same compiled programs: seeds, and a task and its twin, differ in data alone."""
     _, _, arm, trial = stage.place
     return stage.kind, arm, trial
+
+
+def _most_to_follow_first(stages: Sequence[Stage]) -> list[Stage]:
+    """Stages by the cost of the longest chain that begins with each, so that at the end no process waits long for another.
+
+    Args:
+      stages: parents before children; equal ones keep their order.
+    """
+    chains: dict[str, float] = {}
+    following: dict[str, float] = {}
+    for stage in reversed(stages):
+        chains[stage.key] = stage.cost + following.get(stage.key, 0.0)
+        for parent in stage.parents:
+            longest = max(following.get(parent.key, 0.0), chains[stage.key])
+            following[parent.key] = longest
+    return sorted(stages, key=lambda stage: -chains[stage.key])
 
 
 def _next(ready, running, compiled) -> Stage:

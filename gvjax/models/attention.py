@@ -203,13 +203,20 @@ def _shared_forward(queries, prompt, own, prompt_mask, config: AttentionConfig):
     out = _product("bkist,bktd->bkisd", of_prompt, prompt[1])
     out += _product("bkist,bkitd->bkisd", of_own, own[1])
     out = (out / sums).astype(queries.dtype)
-    return out, (queries, prompt, own, prompt_mask, out, most + jnp.log(sums))
+    kept = None
+    if _keeps_weights(queries, prompt[0].shape[2] + own[0].shape[3], config):
+        kept = [part / sums for part in weights]
+    log_sum = most + jnp.log(sums)
+    return out, (queries, prompt, own, prompt_mask, out, log_sum, kept)
 
 
 def _shared_backward(config: AttentionConfig, kept, g):
-    queries, prompt, own, prompt_mask, out, log_sum = kept
-    scores, slopes = _shared_scores(queries, prompt, own, prompt_mask, config)
-    of_prompt, of_own = (jnp.exp(part - log_sum) for part in scores)
+    queries, prompt, own, prompt_mask, out, log_sum, weights = kept
+    slopes = None
+    if weights is None:
+        scores, slopes = _shared_scores(queries, prompt, own, prompt_mask, config)
+        weights = [jnp.exp(part - log_sum) for part in scores]
+    of_prompt, of_own = weights
     dots = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
     moves = [
         of_prompt * (_product("bkisd,bktd->bkist", g, prompt[1]) - dots),
@@ -226,8 +233,8 @@ def _shared_backward(config: AttentionConfig, kept, g):
         _product("bkist,bkisd->bktd", of_prompt, g),
     )
     own_found = (
-        _product("bkist,bkisd->bkitd", to_own, queries),
-        _product("bkist,bkisd->bkitd", of_own, g),
+        _product("bkits,bkisd->bkitd", _turned(to_own), queries),
+        _product("bkits,bkisd->bkitd", _turned(of_own), g),
     )
     like = (queries, prompt, own)
     found = (of_queries, prompt_found, own_found)
@@ -304,7 +311,7 @@ def _blocks(queries, keys, values, segments, config: AttentionConfig) -> jax.Arr
 
 
 def _blocks_forward(queries, keys, values, segments, config: AttentionConfig):
-    outs, log_sums = [], []
+    outs, log_sums, kept = [], [], []
     for block in _spans(queries.shape[3], config.window):
         scores, _ = _scores(queries, keys, segments, block, config)
         most = jnp.max(scores, axis=-1, keepdims=True)
@@ -314,23 +321,27 @@ def _blocks_forward(queries, keys, values, segments, config: AttentionConfig):
         out = _product("bkgst,bktd->bkgsd", weights.astype(values.dtype), seen)
         outs.append((out / sums).astype(values.dtype))
         log_sums.append(most + jnp.log(sums))
+        keeps = _keeps_weights(queries, keys.shape[2], config)
+        kept.append(weights / sums if keeps else None)
     out, log_sum = _joined(outs), _joined(log_sums)
-    return out, (queries, keys, values, segments, out, log_sum)
+    return out, (queries, keys, values, segments, out, log_sum, kept)
 
 
 def _blocks_backward(config: AttentionConfig, kept, g):
-    queries, keys, values, segments, out, log_sum = kept
+    queries, keys, values, segments, out, log_sum, known = kept
     # A product with ones: the sum over so short an axis takes a CPU longer, and once more for every score.
     ones = jnp.ones((g.shape[-1], 1), jnp.float32)
     dots = jnp.matmul(g.astype(jnp.float32) * out, ones, precision="highest")
     of_queries = []
     of_keys = jnp.zeros(keys.shape, jnp.float32)
     of_values = jnp.zeros(values.shape, jnp.float32)
-    for block in _spans(queries.shape[3], config.window):
+    for block, weights in zip(_spans(queries.shape[3], config.window), known):
         new = (slice(None), slice(None), slice(None), slice(block.start, block.stop))
         old = (slice(None), slice(None), slice(block.first, block.stop))
-        scores, slope = _scores(queries, keys, segments, block, config)
-        weights = jnp.exp(scores - log_sum[new])
+        slope = None
+        if weights is None:
+            scores, slope = _scores(queries, keys, segments, block, config)
+            weights = jnp.exp(scores - log_sum[new])
         of_weights = _product("bkgsd,bktd->bkgst", g[new], values[old])
         of_scores = weights * (of_weights - dots[new])
         if slope is not None:
@@ -349,6 +360,12 @@ def _blocks_backward(config: AttentionConfig, kept, g):
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _keeps_weights(queries, length: int, config: AttentionConfig) -> bool:
+    """Whether the backward pass is handed the weights of attention over `length` keys: where they are no larger than the
+    queries, as of short sequences, and no soft cap asks for the scores all the same."""
+    return length <= queries.shape[-1] and config.softcap is None
 
 
 class _Span(NamedTuple):
@@ -406,6 +423,11 @@ def _gathered(weights: jax.Array, of_queries: jax.Array) -> jax.Array:
     """
     product = _product("bkgsd,bkgst->bkdt", of_queries, weights)
     return jax.lax.optimization_barrier(product).swapaxes(2, 3)
+
+
+def _turned(weights: jax.Array) -> jax.Array:
+    """The last two axes exchanged, in memory too: XLA's CPU is slow at many small products whose first operand is not."""
+    return jax.lax.optimization_barrier(weights.swapaxes(-1, -2))
 
 
 def _joined(blocks: list[jax.Array]) -> jax.Array:

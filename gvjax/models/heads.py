@@ -60,6 +60,7 @@ def reward_fn(
     *,
     pooling: Pooling = "sum",
     over: Over = "completion",
+    shortest_prompt: int = 0,
     mesh: Mesh | None = None,
     platform: str | None = None,
 ) -> RewardFn:
@@ -76,6 +77,7 @@ def reward_fn(
       config: of the trunk.
       pooling: "last", "mean" or "sum".
       over: what mean and sum run over: the "completion", or "all" real tokens, prompt included.
+      shortest_prompt: >= 0, tokens at the start of every row that belong to its prompt; packed rows have none.
       mesh, platform: as for `transformer.hidden`.
 
     Returns:
@@ -92,6 +94,10 @@ def reward_fn(
             "pooling 'last' reads one token and has nothing to run over; leave `over` at 'completion'"
         )
 
+    # As for log-probabilities: nobody looks at the head over a prompt, and accelerators prefer whole sequences.
+    on_cpu = transformer.platform_of(mesh, platform) in (None, "cpu")
+    skip = shortest_prompt if on_cpu and over == "completion" else 0
+
     def pooled(scores, mask, real):
         """f32[B]: of scores f32[B, T], for completions at `mask` among the tokens at `real`."""
         last = _last(mask)
@@ -106,9 +112,10 @@ def reward_fn(
 
     def rewards(params, tokens, completion_mask, segments=None, num_segments=1):
         chex.assert_equal_shape([tokens, completion_mask])
-        scores = _scores(config, params, tokens, mesh, platform, segments)
         if segments is None:
+            scores = _scores(config, params, tokens, mesh, platform, skip=skip)
             return pooled(scores, completion_mask, True)
+        scores = _scores(config, params, tokens, mesh, platform, segments)
         chex.assert_equal_shape([tokens, segments])
 
         def of_segment(number):
@@ -156,13 +163,21 @@ def values_fn(
     return values
 
 
-def _scores(config, params, tokens, mesh, platform, segments=None) -> jax.Array:
-    """f32[B, T]: the head at every position."""
+def _scores(config, params, tokens, mesh, platform, segments=None, skip=0) -> jax.Array:
+    """f32[B, T]: the head at every position, 0 at the first `skip`; at least one is read."""
+    skip = min(skip, tokens.shape[1] - 1)
     states = transformer.hidden(
-        config, params["trunk"], tokens, segments, mesh=mesh, platform=platform
+        config,
+        params["trunk"],
+        tokens,
+        segments,
+        skip=skip,
+        mesh=mesh,
+        platform=platform,
     )
     head = params["head"]
-    return (states.astype(jnp.float32) @ head["kernel"])[..., 0] + head["bias"]
+    scores = (states.astype(jnp.float32) @ head["kernel"])[..., 0] + head["bias"]
+    return jnp.pad(scores, ((0, 0), (skip, 0)))
 
 
 def _last(mask: jax.Array) -> jax.Array:

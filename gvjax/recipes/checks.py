@@ -50,16 +50,23 @@ def check_masks(batch: SequenceBatch) -> None:
 def check_endings(
     ground: Ground, batch: SequenceBatch, *, some_end: bool = False
 ) -> None:
-    """Completions must end with the EOS token, once, or fill all the room there is; a task without an EOS passes.
+    """Completions must end with the EOS token, once, or fill all the room there is; a task without an EOS need not.
+
+    And none may begin where the task says that there is prompt in every row.
 
     Args:
       ground: knows the EOS token and the room.
       batch: rows of the first batch.
       some_end: at least one must end, as in demonstrations, or a policy could not learn to stop.
     """
+    tokens, mask = sharding.fetch((batch.tokens, batch.completion_mask))
+    if mask[:, : ground.shortest_prompt].any():
+        raise SelfCheckError(
+            f"a completion of the first batch begins within the first {ground.shortest_prompt} tokens, which the task's"
+            " min_prompt_length says are prompt in every row; lower it"
+        )
     if ground.eos_id is None:
         return
-    tokens, mask = sharding.fetch((batch.tokens, batch.completion_mask))
     lengths, ends = mask.sum(axis=1), mask & (tokens == ground.eos_id)
     last = mask & (np.cumsum(mask, axis=1) == lengths[:, None])
     ended = (ends & last).any(axis=1)

@@ -58,6 +58,7 @@ class Ground:
       lora: what is trained instead of the whole policy; None trains all of it.
       rows_per_call: completions in one compiled call where nothing is learned.
       gather_for_sampling: sampling reads matrices that the fsdp axis does not split.
+      shortest_prompt: tokens that every prompt has at least; 0 where that is not known.
 
     A policy is either plain parameters or, while adapters are trained, `lora.adapted(base, adapters)`; every function
     here takes both.
@@ -73,11 +74,14 @@ class Ground:
     lora: LoraConfig | None = None
     rows_per_call: int = 512
     gather_for_sampling: bool = False
+    shortest_prompt: int = 0
 
     @property
     def logps_fn(self) -> LogpsFn:
         """Token log-probabilities of a policy."""
-        plain = transformer.token_logps_fn(self.model, mesh=self.mesh)
+        plain = transformer.token_logps_fn(
+            self.model, shortest_prompt=self.shortest_prompt, mesh=self.mesh
+        )
         return plain if self.lora is None else of_params(plain, self.with_adapters)
 
     def group_logps_fn(self, group_size: int) -> LogpsFn | SharedPrompts:
@@ -93,7 +97,9 @@ class Ground:
             return self.logps_fn
         model = SharedPrompts(
             groups.group_logps_fn(self.model, mesh=self.mesh),
-            transformer.token_logps_fn(self.model, mesh=self.mesh),
+            transformer.token_logps_fn(
+                self.model, shortest_prompt=self.shortest_prompt, mesh=self.mesh
+            ),
             self.prompt_length,
             self.completion_length,
             group_size,
@@ -121,7 +127,12 @@ class Ground:
 
     def reward_fn(self, pooling: heads.Pooling) -> RewardFn:
         """The reward model over this network's trunk."""
-        return heads.reward_fn(self.model, pooling=pooling, mesh=self.mesh)
+        return heads.reward_fn(
+            self.model,
+            pooling=pooling,
+            shortest_prompt=self.shortest_prompt,
+            mesh=self.mesh,
+        )
 
     @property
     def rules(self) -> sharding.Rules:
@@ -434,6 +445,7 @@ def ground_of(
             checkpoint=model.get("checkpoint"),
             rows_per_call=mesh.rows_per_call,
             gather_for_sampling=mesh.gather_for_sampling,
+            shortest_prompt=getattr(task, "min_prompt_length", 0),
         )
         ground.policy_shapes()
     except ValueError as error:

@@ -94,7 +94,8 @@ class Task(Protocol):
       reward_range: (low, high), bounds of the gold reward; None where there is no gold reward to ask for.
 
     A task may also have `paraphrase(rng, prompts, completions) -> Completions`, which changes the tokens of completions and
-    not their gold reward: `gvjax gap` then probes which scorers lean on the tokens themselves.
+    not their gold reward: `gvjax gap` then probes which scorers lean on the tokens themselves. And it may have
+    `min_prompt_length`, tokens that every prompt has at least: work for prompt tokens that no result needs is then left out.
     """
 
     @property

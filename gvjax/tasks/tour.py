@@ -102,6 +102,10 @@ class Tour:
         return 1 + self.num_goals
 
     @property
+    def min_prompt_length(self) -> int:
+        return self.max_prompt_length
+
+    @property
     def max_completion_length(self) -> int:
         return self.horizon + (1 if self.eos else 0)
 

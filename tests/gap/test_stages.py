@@ -194,6 +194,17 @@ def test_two_processes_do_not_compile_the_same_programs_at_once(store, marks):
     assert ended[2] == "2"
 
 
+def test_what_most_hangs_on_comes_first():
+    def costing(cost, value, *parents):
+        return dataclasses.replace(stage(value=value, parents=parents), cost=cost)
+
+    cheap, dear = costing(1.0, 1), costing(3.0, 2)
+    child = costing(4.0, 3, cheap)
+    other = costing(3.0, 4)
+    ordered = stages._most_to_follow_first([dear, cheap, child, other])
+    assert [each.inputs["value"] for each in ordered] == [1, 3, 2, 4]
+
+
 def mark_time(path: pathlib.Path) -> int:
     return int(path.name.split("-")[1])
 

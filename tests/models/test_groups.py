@@ -51,9 +51,14 @@ def both(config: transformer.ModelConfig, group_size: int):
             "scan_layers": True,
             "remat": "full",
         },
-        {"learned_positions": 13, "norm": "layer", "tied_embeddings": False},
+        {
+            "learned_positions": 13,
+            "norm": "layer",
+            "tied_embeddings": False,
+            "head_dim": 16,
+        },
     ],
-    ids=["capped", "learned positions"],
+    ids=["capped", "learned positions, weights kept"],
 )
 def test_a_group_has_the_log_probabilities_and_gradients_of_its_rows(change):
     config = transformer.ModelConfig(**SHAPE, **change)

@@ -34,9 +34,13 @@ def scores(params):
     return np.asarray(states) @ np.asarray(head["kernel"][:, 0]) + 0.3
 
 
+@pytest.mark.parametrize("shortest_prompt", [0, 2])
 @pytest.mark.parametrize("pooling, over", POOLINGS)
-def test_poolings_by_hand(params, scores, pooling, over):
-    got = heads.reward_fn(CONFIG, pooling=pooling, over=over)(params, TOKENS, MASK)
+def test_poolings_by_hand(params, scores, pooling, over, shortest_prompt):
+    reward_fn = heads.reward_fn(
+        CONFIG, pooling=pooling, over=over, shortest_prompt=shortest_prompt
+    )
+    got = reward_fn(params, TOKENS, MASK)
     first = (0, 0) if over == "all" else (3, 2)
     read = [scores[0, first[0] : 7], scores[1, first[1] : 5]]
     pool = {"last": lambda s: s[-1], "mean": np.mean, "sum": np.sum}[pooling]

@@ -263,6 +263,62 @@ def test_scanned_and_recomputed_layers_give_the_same_numbers(change):
         assert is_new == (word in str(change).replace("'none'", ""))
 
 
+def test_what_a_cpu_multiplies_together_or_turned_changes_no_numbers():
+    config = dataclasses.replace(FAMILIES["qwen2"], num_layers=1)
+    params = transformer.init(jax.random.key(0), config)
+    tokens = jax.random.randint(jax.random.key(1), (3, 9), 0, config.vocab_size)
+    # Biases are not 0, so that each must find its own projection.
+    leaves, treedef = jax.tree.flatten(params)
+    leaves = [leaf + 0.1 * jnp.sin(jnp.arange(leaf.shape[-1])) for leaf in leaves]
+    params = jax.tree.unflatten(treedef, leaves)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def found(platform, params):
+        logps_fn = transformer.token_logps_fn(config, platform=platform)
+        return jax.value_and_grad(lambda p: jnp.sum(logps_fn(p, tokens) ** 2))(params)
+
+    arranged, plain = found("cpu", params), found("gpu", params)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-4),
+        arranged,
+        plain,
+    )
+    lowered = found.lower("cpu", params).as_text()
+    together = f"{config.embed_dim}x{(config.num_heads + 2 * config.kv_heads) * config.width}xf32"
+    assert together in lowered
+    assert together not in found.lower("gpu", params).as_text()
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_what_nobody_asks_of_prompts_changes_no_numbers(scan_layers):
+    config = dataclasses.replace(BASE, num_layers=1, scan_layers=scan_layers)
+    params = transformer.init(jax.random.key(0), config)
+    tokens = jax.random.randint(jax.random.key(1), (3, 9), 0, config.vocab_size)
+    scored = jnp.arange(9) >= jnp.array([[4], [5], [4]])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def found(shortest_prompt, params):
+        logps_fn = transformer.token_logps_fn(config, shortest_prompt=shortest_prompt)
+
+        def weighed(params):
+            logps = jnp.where(scored, logps_fn(params, tokens, scored=scored), 0.0)
+            return jnp.sum(logps**2), logps
+
+        return jax.grad(weighed, has_aux=True)(params)
+
+    (fewer, fewer_logps), (all_, logps) = found(4, params), found(1, params)
+    np.testing.assert_allclose(fewer_logps, logps, atol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4),
+        fewer,
+        all_,
+    )
+    # The last token predicts nothing either.
+    rows = f"tensor<{3 * (8 - 3)}x{config.mlp_dim}xf32>"
+    assert scan_layers or rows in found.lower(4, params).as_text()
+    assert rows not in found.lower(1, params).as_text()
+
+
 def test_grouped_heads_equal_full_heads_that_repeat_them():
     grouped = FAMILIES["llama"]
     full = dataclasses.replace(grouped, num_kv_heads=4)
