@@ -19,6 +19,8 @@ def _as_before():
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    # Cannot be read; this is JAX's own.
+    jax.config.update("jax_cpu_enable_async_dispatch", True)
 
 
 def test_programs_are_kept_in_the_users_cache(tmp_path):
