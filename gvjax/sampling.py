@@ -34,13 +34,15 @@ def generate(
 ) -> Rollouts:
     """Samples completions.
 
-    Each prompt is run once and its cache shared by its samples. The loop ends when every row has drawn its EOS. A row's
-    draws depend on the key, its prompt's id and its number in the group alone: the same completion comes out alone, in
-    any batch and for any `max_new_tokens`.
+    Each prompt is run once and its cache shared by its samples. The cache grows with the completions, in a few steps, so
+    that attention reads little more than there is. The loop ends when every row has drawn its EOS. A row's draws depend
+    on the key, its prompt's id and its number in the group alone: the same completion comes out alone, in any batch and
+    for any `max_new_tokens`.
 
     Args:
       decode_fn: DecodeFn, e.g. `transformer.decode_fn(config)`.
-      init_cache: `(batch, length) -> cache`, e.g. `functools.partial(transformer.init_cache, config)`.
+      init_cache: `(batch, length) -> cache`, e.g. `functools.partial(transformer.init_cache, config)`. An array whose shape
+        depends on the length must hold the same numbers when it is put in front of an empty one for a greater length.
       params: what decode_fn reads; `transformer.decode_params` of them is read faster.
       prompts: int32[N, P], padded on the right with anything.
       prompt_lengths: int32[N], >= 1 (begin with a BOS or the like).
@@ -92,8 +94,7 @@ def generate(
 
     places = jnp.arange(width)[None]
     positions = jnp.where(places < prompt_lengths[:, None], places, -1)
-    cache = init_cache(number, width + max_new_tokens)
-    logits, cache = decode_fn(params, prompts, positions, cache)
+    logits, cache = decode_fn(params, prompts, positions, init_cache(number, width))
 
     def repeat(x):
         return jnp.repeat(x, num_samples, axis=0) if jnp.ndim(x) else x
@@ -130,18 +131,28 @@ def generate(
         }
         return out, token, live if eos_id is None else live & (token != eos_id)
 
-    def unfinished(carry):
-        step, _, live, _, _ = carry
-        # Without an EOS the count alone decides, which keeps the loop cheap under vmap.
-        return (step < max_new_tokens) & (True if eos_id is None else jnp.any(live))
+    def drawn(begun, stop, carry):
+        """Tokens `begun` up to `stop` of every row, over a cache no longer than they need."""
+        token, live, out, cache = carry
+        cache = _grown(cache, init_cache(rows, width + stop))
 
-    def advance(carry):
-        step, token, live, out, cache = carry
-        logits, cache = decode_fn(
-            params, token[:, None], (lengths + step - 1)[:, None], cache
-        )
-        out, token, live = record(out, step, logits, live)
-        return step + 1, token, live, out, cache
+        def unfinished(carry):
+            count, (_, live, _, _) = carry
+            more = count < stop - begun
+            # Without an EOS the count alone decides, which keeps the loop cheap under vmap.
+            return more if eos_id is None else more & jnp.any(live)
+
+        def advance(carry):
+            count, (token, live, out, cache) = carry
+            step = begun + count
+            logits, cache = decode_fn(
+                params, token[:, None], (lengths + step - 1)[:, None], cache
+            )
+            out, token, live = record(out, step, logits, live)
+            return count + 1, (token, live, out, cache)
+
+        first = (jnp.int32(0), (token, live, out, cache))
+        return jax.lax.while_loop(unfinished, advance, first)[1]
 
     shape = (rows, max_new_tokens)
     out = {
@@ -151,8 +162,10 @@ def generate(
         "drawn_logps": jnp.zeros(shape) if off_policy else None,
     }
     out, token, live = record(out, 0, logits, jnp.ones(rows, bool))
-    carry = (jnp.int32(1), token, live, out, cache)
-    _, _, _, out, _ = jax.lax.while_loop(unfinished, advance, carry)
+    carry, begun = (token, live, out, cache), 1
+    for stop in _stops(width, max_new_tokens):
+        carry, begun = drawn(begun, stop, carry), stop
+    _, _, out, _ = carry
 
     # From columns of the loop to the layout of training batches: prompt, completion, padding.
     places = jnp.arange(width + max_new_tokens)[None] - lengths[:, None]
@@ -219,6 +232,30 @@ def _check(max_new_tokens, num_samples, temperature, top_k, top_p) -> None:
         raise ValueError(
             f"temperature 0 takes the likeliest token, so top_k={top_k} and top_p={top_p} do nothing; leave them out"
         )
+
+
+def _stops(width: int, max_new_tokens: int) -> list[int]:
+    """The numbers of new tokens at which the cache is made longer; the last is all of them.
+
+    Four equal pieces spare three quarters of what would be read for nothing: with prompts of 64 tokens and completions
+    of 448 a CPU samples 1.24 times as fast. Each is compiled by itself, so none is shorter than 64 tokens, where nothing
+    was gained, or than an eighth of the whole cache.
+    """
+    least = max(64, (width + max_new_tokens) // 8)
+    pieces = min(4, max(1, max_new_tokens // least))
+    each = -(-max_new_tokens // pieces)
+    return [*range(each, max_new_tokens, each), max_new_tokens]
+
+
+def _grown(cache: Any, longer: Any) -> Any:
+    """A cache in front of an empty one with more slots."""
+
+    def grown(empty, filled):
+        if empty is None or jnp.shape(empty) == jnp.shape(filled):
+            return filled
+        return jax.lax.dynamic_update_slice(empty, filled, (0,) * jnp.ndim(empty))
+
+    return jax.tree.map(grown, longer, cache, is_leaf=lambda x: x is None)
 
 
 def _at(logps: jax.Array, token: jax.Array) -> jax.Array:

@@ -508,3 +508,29 @@ def test_a_bad_config_is_refused_before_any_device_is_looked_for(tmp_path):
     assert done.returncode == 64
     assert "did you mean seed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "settings: {recipe: sft, steps: 100, batch_size: 16}",
+        "start: runs/sft\npairs: {}\nsettings: {recipe: reward, steps: 100}",
+        "start: runs/sft\npairs: {}\nsettings: {recipe: dpo, steps: 100, beta: 0.1}",
+        "start: runs/sft\nreward_model: runs/reward\nsettings: {recipe: online_dpo, steps: 100}",
+        "start: runs/sft\nreward_model: runs/reward\nsettings: {recipe: policy_gradient, algorithm: grpo}",
+    ],
+    ids=["sft", "reward", "dpo", "online_dpo", "grpo"],
+)
+def test_ten_lines_are_a_run_of_ones_own_weights_and_rows(rest, tmp_path):
+    text = f"""\
+run_dir: runs/mine
+model: {{checkpoint: models/smollm2}}
+task:
+  name: mine
+  rows: {{source: jsonl, path: pairs.jsonl}}
+  max_prompt: 512
+  max_completion: 128
+{rest}
+"""
+    assert len(text.splitlines()) <= 10
+    assert load(tmp_path, text).run_dir == "runs/mine"

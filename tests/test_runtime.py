@@ -19,6 +19,8 @@ def _as_before():
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    # Cannot be read; this is JAX's own.
+    jax.config.update("jax_cpu_enable_async_dispatch", True)
 
 
 def test_programs_are_kept_in_the_users_cache(tmp_path):
@@ -105,16 +107,89 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults("configured") < 1000 < faults()
 
 
+ONE_DEVICE = {"XLA_FLAGS": ""}
+
+
+@pytest.mark.parametrize(
+    ("said", "ready"),
+    [
+        (ONE_DEVICE, "True"),
+        (ONE_DEVICE | {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "true"}, "False"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, "False"),
+    ],
+    ids=["one device", "said otherwise", "two devices"],
+)
+def test_a_program_of_one_cpu_is_done_before_the_next_is_started(said, ready):
+    code = """
+import jax, jax.numpy as jnp
+from gvjax import runtime
+runtime.configure(keep_programs=False)
+program = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, y: jnp.cos(y @ x), x))
+x = jnp.ones((512, 512))
+program(x).block_until_ready()
+print(program(x).is_ready())
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment.pop("JAX_CPU_ENABLE_ASYNC_DISPATCH", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | said,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == ready
+
+
+def test_what_compiling_leaves_behind_is_given_back():
+    """JAX says when it has compiled; a compilation of two seconds is told it, for to see one would take two seconds."""
+    code = """
+import re
+import jax
+from gvjax import runtime
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+
+runtime.configure(keep_programs=False)
+events = []
+jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+jax.jit(lambda x: x + 1)(1.0)
+blocks = [bytearray(2**16) for _ in range(3200)]
+above = bytearray(2**16)
+full = resident()
+del blocks
+kept = resident()
+jax.monitoring.record_event_duration_secs(runtime.COMPILED, 2.0)
+print(events.count(runtime.COMPILED) > 0, full - kept, kept - resident())
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    compiled, freed, given_back = done.stdout.split()
+    assert compiled == "True"
+    assert int(freed) < 20 and int(given_back) > 150
+
+
 def test_what_the_user_says_of_malloc_stands(monkeypatch):
     told = []
     library = types.SimpleNamespace(mallopt=lambda *arguments: told.append(arguments))
     monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(runtime.platform, "libc_ver", lambda: ("glibc", "2.36"))
-    environment = {"JAX_PLATFORMS": "cpu", "MALLOC_ARENA_MAX": "4"}
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "MALLOC_ARENA_MAX": "4",
+        "JAX_NUM_CPU_DEVICES": "8",
+    }
     runtime.configure(environment, keep_programs=False)
     assert environment.pop("MALLOC_ARENA_MAX") == "4"
     assert told == [
-        runtime.KEPT_MEMORY[name] for name in environment if name != "JAX_PLATFORMS"
+        option for name, option in runtime.KEPT_MEMORY.items() if name in environment
     ]
     assert len(told) == 2
     # A child finds them in its environment, and glibc has read them there.

@@ -156,6 +156,36 @@ def test_a_row_draws_the_same_alone_with_wider_padding_and_a_longer_limit(
         )
 
 
+def test_a_cache_that_grows_is_one_of_full_length(params, monkeypatch):
+    """Rows of all lengths: most end before the cache has grown, some behind."""
+    stops = sampling._stops(4, 130)
+    assert stops == [65, 130]
+
+    def drawn():
+        return sample(params, num_samples=4, max_new_tokens=130, eos_id=4)
+
+    growing = drawn()
+    monkeypatch.setattr(sampling, "_stops", lambda width, count: [count])
+    jitted.clear_cache()
+    whole = drawn()
+    np.testing.assert_array_equal(growing.tokens, whole.tokens)
+    np.testing.assert_array_equal(growing.completion_mask, whole.completion_mask)
+    # Sums over more slots, of zeros, are added in another order.
+    np.testing.assert_allclose(growing.logps, whole.logps, atol=1e-6)
+    scored = jax.jit(transformer.token_logps_fn(CONFIG))(params, growing.tokens)
+    mask = np.asarray(growing.completion_mask)
+    np.testing.assert_allclose(growing.logps[mask], scored[mask], atol=1e-5)
+    counts = mask.sum(axis=1)
+    assert counts.min() < stops[0] < counts.max() < 130
+
+
+def test_the_cache_grows_only_where_it_saves_an_eighth():
+    assert sampling._stops(64, 448) == [112, 224, 336, 448]
+    assert sampling._stops(128, 150) == [75, 150]
+    assert sampling._stops(64, 64) == [64]
+    assert sampling._stops(512, 128) == [128]
+
+
 def test_a_group_shares_a_prefill_without_sharing_draws():
     group = sample(TABLE, num_samples=4)
     assert len(np.unique(np.asarray(group.tokens[:4]), axis=0)) > 1
@@ -275,10 +305,10 @@ def counting(next_tokens, calls):
     return decode_fn, lambda batch, length: {"step": jnp.int32(0)}
 
 
-@pytest.mark.parametrize("eos_id, runs", [(EOS, 3), (None, 6)])
+@pytest.mark.parametrize("eos_id, runs", [(EOS, 3), (None, 160)])
 def test_the_loop_ends_with_its_last_row(eos_id, runs):
     calls = []
-    script = [[1, EOS, 2, 2, 2, 2], [1, 1, EOS, 2, 2, 2]]
+    script = [[1, EOS, *[2] * 158], [1, 1, EOS, *[2] * 157]]
     decode_fn, init_cache = counting(script, calls)
     drawn = sampling.generate(
         decode_fn,
@@ -287,12 +317,12 @@ def test_the_loop_ends_with_its_last_row(eos_id, runs):
         PROMPTS[:2],
         LENGTHS[:2],
         jax.random.key(0),
-        max_new_tokens=6,
+        max_new_tokens=160,
         eos_id=eos_id,
     )
     jax.effects_barrier()
     assert len(calls) == runs
-    expected = [2, 3] if eos_id else [6, 6]
+    expected = [2, 3] if eos_id else [160, 160]
     np.testing.assert_array_equal(drawn.completion_mask.sum(axis=1), expected)
 
 

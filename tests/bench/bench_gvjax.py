@@ -169,6 +169,8 @@ def main():
         first = first or result
     extra = {} if a.task == "gen" else {"first_loss": float(first["loss"])}
     lines = common.user_lines(user) + 5  # imports, loading, and the call with its data
+    if a.task in ("gen", "online"):
+        lines += common.user_lines(sample)
     version = f"gvjax {gvjax.__version__} / jax {jax.__version__}"
     common.emit("gvjax", version, a, s, work, lines=lines, extra=extra)
 

@@ -3,8 +3,8 @@
 
     python tests/bench/summary.py rows.jsonl > tests/bench/results/peers.md
 
-Ratios are of rates by CPU-seconds, over 1 is faster; of several rounds of a row the median counts, of several configurations of a
-peer its fastest. Standard library only.
+Ratios are of rates by CPU-seconds, over 1 is faster; of several rounds of a row the median counts (of memory the last), of several
+configurations of a peer its fastest. Standard library only.
 """
 
 import collections
@@ -102,7 +102,7 @@ def main():
                 peer = f"{key[2]} {key[3]}".strip()
                 print(
                     f"| {model} {title} | {peer} | {sum(row['n'] for row in rows)} | {cost[key]:.3f} | {of('step_s'):.3f} |"
-                    f" {of('compile_cpu_s'):.1f} | {of('startup_s'):.1f} | {of('rss_mb'):.0f} | {of('others'):.2f} |"
+                    f" {of('compile_cpu_s'):.1f} | {of('startup_s'):.1f} | {rows[-1]['rss_mb']:.0f} | {of('others'):.2f} |"
                 )
 
 
