@@ -398,10 +398,12 @@ def test_batches_without_completions_or_prompts_are_refused():
         checks.check_masks(SequenceBatch(tokens, np.ones((2, 3), bool)))
 
 
-def endings(*rows, eos_id=9):
+def endings(*rows, eos_id=9, shortest_prompt=1):
     """(a ground with room for three tokens, a batch of completions after one prompt token; 0 is padding)."""
     tokens = np.array([[1, *row] for row in rows], np.int32)
-    ground = types.SimpleNamespace(eos_id=eos_id, completion_length=3)
+    ground = types.SimpleNamespace(
+        eos_id=eos_id, completion_length=3, shortest_prompt=shortest_prompt
+    )
     return ground, SequenceBatch(tokens, (tokens != 0) & (np.arange(4) > 0))
 
 
@@ -417,6 +419,8 @@ def test_completions_end_with_one_eos_or_fill_the_room():
             checks.check_endings(*endings([2, 9, 0], row))
     with pytest.raises(checks.SelfCheckError, match="could not learn to stop"):
         checks.check_endings(*endings([2, 3, 4], [4, 3, 2]), some_end=True)
+    with pytest.raises(checks.SelfCheckError, match="within the first 2 tokens"):
+        checks.check_endings(*endings([2, 3, 4], eos_id=None, shortest_prompt=2))
 
 
 @pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "hypo"])
