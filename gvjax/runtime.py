@@ -152,8 +152,8 @@ def _keep_memory(environment: Environment) -> None:
 def _give_back_after_compiling() -> None:
     """Compiling a small network's step takes 260 MB, in pieces that no step can use: they go back to the system."""
 
-    def give_back(event: str, seconds: float, **_) -> None:
-        if event == COMPILED and seconds > LONG:
+    def give_back(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILED and duration_secs > LONG:
             ctypes.CDLL(None).malloc_trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(give_back)

@@ -70,6 +70,14 @@ def is_there(pid: int) -> bool:
         return False
 
 
+def assert_gone(pids: list[int]) -> None:
+    """In five seconds."""
+    deadline = time.monotonic() + 5
+    while any(map(is_there, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_study_killed_within_and_between_stages_has_the_same_numbers(
@@ -86,10 +94,7 @@ def test_a_study_killed_within_and_between_stages_has_the_same_numbers(
     workers = children_of(process.pid)
     assert len(workers) >= 2, process.said()
     process.kill()
-    deadline = time.monotonic() + 5
-    while any(map(is_there, workers)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert_gone(workers)
     for fault in (
         ("kill_at_round", 3),
         ("kill_after_stage", 2),
@@ -104,6 +109,7 @@ def test_a_study_killed_within_and_between_stages_has_the_same_numbers(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_study_told_to_go_leaves_with_85_and_comes_back_to_the_same_numbers(
     preloaded, study
 ):
@@ -124,7 +130,7 @@ def test_a_study_told_to_go_leaves_with_85_and_comes_back_to_the_same_numbers(
     workers = children_of(process.pid)
     process.send(signal.SIGTERM)
     assert process.wait() == 85, process.said()
-    assert not any(map(is_there, workers))
+    assert_gone(workers)
     assert compare(1).wait() == 0
     assert numbers_of(preloaded.directory / "told") == numbers_of(study)
 
