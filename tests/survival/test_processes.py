@@ -201,12 +201,15 @@ def study_pair(preloaded):
     return preloaded.directory / "together"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_study_by_two_processes_has_the_numbers_of_one_and_a_rerun_repeats_nothing(
     preloaded, study, study_pair
 ):
     (found, lines), (expected, _) = numbers_of(study_pair), numbers_of(study)
     assert len(lines) == 4
+    # A reward model's constant is anyone's guess: pairs give it a gradient of rounding alone, of which Adam makes steps.
+    shifts = np.subtract(proxies_of(found), proxies_of(expected))
+    assert len(shifts) and np.ptp(shifts) < 1e-4
     assert_close(found, expected)
     before = (study_pair / "results.json").read_bytes()
     group = study_of_two(preloaded, "together")
@@ -215,11 +218,11 @@ def test_a_study_by_two_processes_has_the_numbers_of_one_and_a_rerun_repeats_not
     assert (study_pair / "results.json").read_bytes() == before
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_study_by_two_processes_stopped_and_killed_comes_back_to_the_same_bits(
     preloaded, study_pair
 ):
-    group = study_of_two(preloaded, "apart", act=[("slow_rounds", 0.1)])
+    group = study_of_two(preloaded, "apart", act=[("slow_rounds", 0.3)])
     group[1].reached(3)
     group[1].send(signal.SIGTERM)
     assert codes(group) == [85, 85], said(group)
@@ -236,12 +239,25 @@ def test_a_study_by_two_processes_stopped_and_killed_comes_back_to_the_same_bits
     assert numbers_of(preloaded.directory / "apart") == numbers_of(study_pair)
 
 
+def proxies_of(results) -> list[float]:
+    """Mean rewards by the reward model, in the order of arms, seeds and steps."""
+    points = [
+        point
+        for task in results["tasks"]
+        for arm in task["arms"]
+        for seed in arm["seeds"]
+        for point in seed["curve"]
+    ]
+    return [point["proxy"] for point in points if point.get("proxy") is not None]
+
+
 def assert_close(found, expected, at: str = "results") -> None:
-    """Same names, texts and counts; numbers within what another order of sums changes."""
+    """Same names, texts and counts; numbers but for proxies within what another order of sums changes."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), at
         for name, value in expected.items():
-            assert_close(found[name], value, f"{at}.{name}")
+            if name != "proxy":
+                assert_close(found[name], value, f"{at}.{name}")
     elif isinstance(expected, list):
         assert len(found) == len(expected), at
         for place, (ours, theirs) in enumerate(zip(found, expected)):
