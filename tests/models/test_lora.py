@@ -56,9 +56,11 @@ def test_new_adapters_change_nothing():
     adapters = lora.init(jax.random.key(1), base(), LORA)
     chex.assert_trees_all_equal(lora.merge(base(), adapters, LORA), base())
     logps_fn = jax.jit(LOGPS_FN)
-    np.testing.assert_array_equal(
+    # On a CPU queries, keys and values with adapters are three products and not one: the last bits may differ.
+    np.testing.assert_allclose(
         logps_fn(lora.apply(base(), adapters, LORA), tokens()),
         logps_fn(base(), tokens()),
+        atol=2e-6,
     )
     a = adapters["layers"]["mlp"]["down"]["lora_a"]
     assert a.shape == (2, 24, 3)
