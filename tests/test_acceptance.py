@@ -137,3 +137,15 @@ def test_the_config_as_it_stands_is_what_was_measured(name):
     now = config.resolved(declared)
     for part in ("seeds", "task", "sft", "scorers", "samples", "pilot", "margins"):
         assert now[part] == findings.config[part], part
+
+
+@pytest.mark.parametrize("name", ["ultrafeedback", "hh"])
+def test_what_was_found_on_real_rows_stands_there(name):
+    findings = measured(f"rows_{name}")
+    (task,) = findings.tasks
+    lead = cell(task.quantity(weighing.ADVANTAGE), 3)
+    assert lead in (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert findings.advice.verdict == "inconclusive"
+    now = config.resolved(config.load(CONFIGS / "gap" / f"{name}.yaml"))
+    for part in ("seeds", "task", "model", "sft", "pairs", "scorers", "margins"):
+        assert now[part] == findings.config[part], part
