@@ -9,7 +9,7 @@ import numpy as np
 
 from gvjax import config
 from gvjax.gap import planning, quantities, scorers, spending
-from gvjax.gap.performing import Scene, scorer_numbers
+from gvjax.gap.performing import Scene, run_of, scorer_numbers
 from gvjax.gap.planning import Plan
 from gvjax.gap.stages import Report, Stage, Store
 from gvjax.recipes import loop, sft
@@ -210,13 +210,7 @@ def perform(
     seed, number, arm, trial = stage.place
     plan = _plan(settings, stage.code).tasks[number]
     scene = MeasuredScene(settings, plan, store, seed=seed, number=number)
-    run = loop.Run(
-        store.directory(stage),
-        {"stage": stage.key},
-        settings.logging,
-        timeouts=settings.timeouts,
-        progress=report,
-    )
+    run = run_of(settings, stage, store, report)
     return scene.do(stage.kind, run, arm=arm, trial=trial)
 
 

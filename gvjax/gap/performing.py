@@ -53,14 +53,24 @@ def perform(
     plan = _plan(study, stage.code)
     seed, task_number, arm, trial = stage.place
     scene = Scene(study, plan, store, seed=seed, task_number=task_number)
-    run = loop.Run(
+    run = run_of(study, stage, store, report)
+    return scene.do(stage.kind, run, arm=arm, trial=trial)
+
+
+def run_of(
+    settings: config.StudyConfig | config.GapConfig,
+    stage: Stage,
+    store: Store,
+    report: Report,
+) -> loop.Run:
+    """Where a stage keeps what it makes, and whom it tells."""
+    return loop.Run(
         store.directory(stage),
         {"stage": stage.key},
-        study.logging,
-        timeouts=study.timeouts,
+        settings.logging,
+        timeouts=settings.timeouts,
         progress=report,
     )
-    return scene.do(stage.kind, run, arm=arm, trial=trial)
 
 
 @cached

@@ -117,17 +117,22 @@ def test_one_killed_all_are_gone_in_two_seconds_and_a_new_group_ends_in_the_same
     assert found.read_bytes() == (pair / "sft" / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.slow
-def test_sigterm_to_one_stops_all_at_one_step_and_one_process_goes_on(preloaded, pair):
-    command = sft("stopped")
-    act = [("slow_rounds", 0.1)]
-    group = preloaded.group(2, *command, act=act, env=TWO_DEVICES)
+def stop_at_one_round(group) -> None:
+    """SIGTERM to one of two processes, in the third of eight rounds, ends both after the same one."""
     group[1].reached(3)
     group[1].send(signal.SIGTERM)
     assert codes(group) == [85, 85], said(group)
     beats = [pathlib.Path(f"{each.place}.beats").stat().st_size for each in group]
     assert beats[0] == beats[1] < 8
     assert f"stopped after round {beats[0]} of 8, checkpointed" in group[0].said()
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_stops_all_at_one_step_and_one_process_goes_on(preloaded, pair):
+    command = sft("stopped")
+    act = [("slow_rounds", 0.1)]
+    group = preloaded.group(2, *command, act=act, env=TWO_DEVICES)
+    stop_at_one_round(group)
     process = preloaded.start(*command, env=FOUR_DEVICES)
     assert process.wait() == 0, process.said()
     assert "processes was 2 and is 1" in process.said()
@@ -223,12 +228,7 @@ def test_a_study_by_two_processes_stopped_and_killed_comes_back_to_the_same_bits
     preloaded, study_pair
 ):
     group = study_of_two(preloaded, "apart", act=[("slow_rounds", 0.3)])
-    group[1].reached(3)
-    group[1].send(signal.SIGTERM)
-    assert codes(group) == [85, 85], said(group)
-    beats = [pathlib.Path(f"{each.place}.beats").stat().st_size for each in group]
-    assert beats[0] == beats[1] < 8
-    assert f"stopped after round {beats[0]} of 8, checkpointed" in group[0].said()
+    stop_at_one_round(group)
     # The first alone marks stages as done: it dies between two of them.
     group = study_of_two(preloaded, "apart", act=[("kill_after_stage", 3)])
     ended = codes(group)
