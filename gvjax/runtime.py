@@ -1,7 +1,8 @@
 """What JAX is told before it starts, in one place: where compiled programs are kept, what a GPU is asked for, and what
 becomes of memory on a CPU.
 
-Whatever the user has set stands. Children inherit it: everything is said in the environment too.
+Whatever the user has set stands. Everything is said in the environment too, for the processes that this one starts; those
+call `configure` as well, since not all of it is read there.
 """
 
 import ctypes
@@ -22,6 +23,10 @@ Environment = MutableMapping[str, str]
 
 CACHE_DIR = "JAX_COMPILATION_CACHE_DIR"
 """Where compiled programs are kept. A bucket, or a folder that all hosts see, spares all but the first the compiling."""
+
+KEPT_FROM = ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+"""The seconds of compiling from which on a program is kept. JAX keeps those of a second and more; of a small network most
+take less, and every process of a study would compile them again."""
 
 CACHE_SWITCH = "JAX_ENABLE_COMPILATION_CACHE"
 """`false` keeps none."""
@@ -123,6 +128,10 @@ def _keep_programs(environment: Environment) -> None:
         return
     environment[CACHE_DIR] = str(directory)
     jax.config.update("jax_compilation_cache_dir", str(directory))
+    name, least = KEPT_FROM
+    if name not in environment:
+        environment[name] = least
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", float(least))
 
 
 def _run_one_at_a_time(environment: Environment) -> None:
@@ -131,9 +140,11 @@ def _run_one_at_a_time(environment: Environment) -> None:
     several = "--xla_force_host_platform_device_count" in environment.get(
         "XLA_FLAGS", ""
     )
-    if not (several or "JAX_NUM_CPU_DEVICES" in environment or name in environment):
-        environment[name] = value
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if name not in environment and (several or "JAX_NUM_CPU_DEVICES" in environment):
+        return
+    # Unlike its other settings, JAX does not read this one in the environment.
+    asynchronous = environment.setdefault(name, value).lower() not in ("false", "0")
+    jax.config.update("jax_cpu_enable_async_dispatch", asynchronous)
 
 
 def _keep_memory(environment: Environment) -> None:

@@ -31,6 +31,7 @@ def generate(
     top_p: float | None = None,
     allow_truncated_support: bool = False,
     prompt_ids: jax.Array | None = None,
+    compact: int | None = None,
 ) -> Rollouts:
     """Samples completions.
 
@@ -57,6 +58,9 @@ def generate(
       allow_truncated_support: say that some tokens may never be drawn. Off-policy corrections and KL estimates assume
         that every token could have been, so greedy, top_k and top_p are refused unless this is set.
       prompt_ids: int32[N], what each prompt's randomness is derived from; None: its row.
+      compact: None, or >= 1: when half of the rows have drawn their EOS the others go on without them, and again at a
+        quarter, in numbers that this divides (1, or on a mesh the devices that rows are split over). It pays where
+        completions differ much in length, and is a loop more to compile each time.
 
     Returns:
       Rollouts of N · k rows, the k of a prompt together, with T = P + C. `logps` are at temperature 1 over the full
@@ -66,7 +70,7 @@ def generate(
     Raises:
       ValueError: impossible settings, or truncated support not asked for.
     """
-    _check(max_new_tokens, num_samples, temperature, top_k, top_p)
+    _check(max_new_tokens, num_samples, temperature, top_k, top_p, compact)
     truncates = temperature == 0 or top_k is not None or top_p is not None
     if truncates and not allow_truncated_support:
         raise ValueError(
@@ -109,7 +113,7 @@ def generate(
         logps = jax.nn.log_softmax(logits)
         if temperature == 0:
             token = jnp.argmax(logits, axis=-1)
-            drawn_logps: jax.Array | None = jnp.zeros(rows)
+            drawn_logps: jax.Array | None = jnp.zeros(len(logits))
         else:
             shaped = _truncate(logits / temperature, top_k, top_p)
             token = _inverse_cdf(shaped, uniform)
@@ -119,8 +123,10 @@ def generate(
     def write(columns, step, values, live):
         return columns.at[:, step].set(jnp.where(live, values, columns[:, step]))
 
-    def record(out, step, logits, live):
-        token, logps, drawn_logps = draw(logits, uniforms[step])
+    def record(some, step, logits):
+        """What stands after a token was drawn for each of some rows."""
+        token, logps, drawn_logps = draw(logits, some["uniforms"][step])
+        out, live = some["out"], some["live"]
         out = {
             "tokens": write(out["tokens"], step, token, live),
             "logps": write(out["logps"], step, logps, live),
@@ -129,30 +135,45 @@ def generate(
             if off_policy
             else None,
         }
-        return out, token, live if eos_id is None else live & (token != eos_id)
+        if eos_id is not None:
+            live = live & (token != eos_id)
+        return {**some, "out": out, "token": token, "live": live}
 
-    def drawn(begun, stop, carry):
-        """Tokens `begun` up to `stop` of every row, over a cache no longer than they need."""
-        token, live, out, cache = carry
-        cache = _grown(cache, init_cache(rows, width + stop))
+    def drawn(step, stop, fewest, some):
+        """Tokens `step` up to `stop` of some rows, over a cache no longer than they need, while more than `fewest` live."""
+        empty = init_cache(len(some["token"]), width + stop)
+        some = {**some, "cache": _grown(some["cache"], empty)}
 
         def unfinished(carry):
-            count, (_, live, _, _) = carry
-            more = count < stop - begun
+            step, some = carry
             # Without an EOS the count alone decides, which keeps the loop cheap under vmap.
-            return more if eos_id is None else more & jnp.any(live)
+            more = step < stop
+            return more if eos_id is None else more & (some["live"].sum() > fewest)
 
         def advance(carry):
-            count, (token, live, out, cache) = carry
-            step = begun + count
+            step, some = carry
+            positions = (some["lengths"] + step - 1)[:, None]
             logits, cache = decode_fn(
-                params, token[:, None], (lengths + step - 1)[:, None], cache
+                params, some["token"][:, None], positions, some["cache"]
             )
-            out, token, live = record(out, step, logits, live)
-            return count + 1, (token, live, out, cache)
+            return step + 1, record({**some, "cache": cache}, step, logits)
 
-        first = (jnp.int32(0), (token, live, out, cache))
-        return jax.lax.while_loop(unfinished, advance, first)[1]
+        return jax.lax.while_loop(unfinished, advance, (step, some))
+
+    def completed(step, some, stops, numbers):
+        """The columns of some rows, drawn to their ends; when at most numbers[0] of them live, these go on alone."""
+        fewer, *numbers = numbers or [0]
+        for stop in stops:
+            step, some = drawn(step, stop, fewer, some)
+        if not fewer:
+            return some["out"]
+        # Nobody is left behind: at most so many live, or every completion has all its tokens.
+        kept = jnp.argsort(~some["live"], stable=True)[:fewer]
+        others = {**some, "uniforms": some["uniforms"].T}
+        others = jax.tree.map(lambda x: x[kept] if jnp.ndim(x) else x, others)
+        others["uniforms"] = others["uniforms"].T
+        ends = completed(step, others, [max_new_tokens], numbers)
+        return jax.tree.map(lambda x, end: x.at[kept].set(end), some["out"], ends)
 
     shape = (rows, max_new_tokens)
     out = {
@@ -161,11 +182,20 @@ def generate(
         "counts": jnp.zeros(rows, jnp.int32),
         "drawn_logps": jnp.zeros(shape) if off_policy else None,
     }
-    out, token, live = record(out, 0, logits, jnp.ones(rows, bool))
-    carry, begun = (token, live, out, cache), 1
-    for stop in _stops(width, max_new_tokens):
-        carry, begun = drawn(begun, stop, carry), stop
-    _, _, out, _ = carry
+    some = {
+        "token": jnp.zeros(rows, jnp.int32),
+        "live": jnp.ones(rows, bool),
+        "lengths": lengths,
+        "uniforms": uniforms,
+        "cache": cache,
+        "out": out,
+    }
+    out = completed(
+        jnp.int32(1),
+        record(some, 0, logits),
+        _stops(width, max_new_tokens),
+        [] if eos_id is None or compact is None else _numbers(rows, compact),
+    )
 
     # From columns of the loop to the layout of training batches: prompt, completion, padding.
     places = jnp.arange(width + max_new_tokens)[None] - lengths[:, None]
@@ -214,11 +244,12 @@ def best_of_n(rollouts: Rollouts, scores: jax.Array, group_size: int) -> Rollout
     return jax.tree.map(lambda x: x[chosen], rollouts)
 
 
-def _check(max_new_tokens, num_samples, temperature, top_k, top_p) -> None:
+def _check(max_new_tokens, num_samples, temperature, top_k, top_p, compact) -> None:
     for name, value in (
         ("max_new_tokens", max_new_tokens),
         ("num_samples", num_samples),
         ("top_k", top_k),
+        ("compact", compact),
     ):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -245,6 +276,12 @@ def _stops(width: int, max_new_tokens: int) -> list[int]:
     pieces = min(4, max(1, max_new_tokens // least))
     each = -(-max_new_tokens // pieces)
     return [*range(each, max_new_tokens, each), max_new_tokens]
+
+
+def _numbers(rows: int, multiple: int) -> list[int]:
+    """Half of the rows and a quarter of them, in multiples, as far as there are such."""
+    numbers = [rows // 2 // multiple * multiple, rows // 4 // multiple * multiple]
+    return sorted({number for number in numbers if number}, reverse=True)
 
 
 def _grown(cache: Any, longer: Any) -> Any:

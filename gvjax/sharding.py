@@ -222,9 +222,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """The number of parts that axis 0 of a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch_size(mesh: Mesh, size: int, name: str = "batch size") -> None:
     """ValueError, with the sizes that would do, unless `size` rows divide over the mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if size <= 0 or size % shards:
         raise ValueError(
             f"{name} {size} is not divisible by data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}; use "

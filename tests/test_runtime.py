@@ -14,7 +14,11 @@ from gvjax import runtime
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    names = ("jax_compilation_cache_dir", "jax_optimization_level")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_optimization_level",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
     before = {name: getattr(jax.config, name) for name in names}
     yield
     for name, value in before.items():
@@ -31,6 +35,9 @@ def test_programs_are_kept_in_the_users_cache(tmp_path):
     assert jax.__version__ in directory.name
     assert directory.stat().st_mode & 0o077 == 0
     assert jax.config.jax_compilation_cache_dir == str(directory)
+    # Those of a small network too, in this process and in its children.
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.1
+    assert environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0.1"
     # Not a GPU's.
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment
     assert "JAX_OPTIMIZATION_LEVEL" not in environment
@@ -114,10 +121,11 @@ ONE_DEVICE = {"XLA_FLAGS": ""}
     ("said", "ready"),
     [
         (ONE_DEVICE, "True"),
+        (ONE_DEVICE | {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}, "True"),
         (ONE_DEVICE | {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "true"}, "False"),
         ({"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, "False"),
     ],
-    ids=["one device", "said otherwise", "two devices"],
+    ids=["one device", "said by the parent", "said otherwise", "two devices"],
 )
 def test_a_program_of_one_cpu_is_done_before_the_next_is_started(said, ready):
     code = """

@@ -326,6 +326,50 @@ def test_the_loop_ends_with_its_last_row(eos_id, runs):
     np.testing.assert_array_equal(drawn.completion_mask.sum(axis=1), expected)
 
 
+@pytest.mark.parametrize(
+    ("compact", "batches"),
+    [(None, [12] * 40), (1, [12] * 6 + [6] * 3 + [3] * 31), (4, [12] * 8 + [4] * 32)],
+)
+def test_rows_that_have_ended_are_run_no_more(compact, batches):
+    """Twelve rows, of which row r ends after r tokens, the last after 40: the numbers that the model is run for."""
+    calls = []
+    ends = np.array([7, 40, 3, 9, 4, 8, 2, 10, 11, 5, 6, 4])
+
+    def decode_fn(params, tokens, positions, cache):
+        jax.debug.callback(lambda: calls.append(len(tokens)))
+        drawn = positions.max(axis=1) - 3
+        token = jnp.where(drawn + 1 >= cache["ends"], EOS, 1)
+        return 100.0 * jax.nn.one_hot(token, 9), cache
+
+    drawn = sampling.generate(
+        decode_fn,
+        lambda batch, length: {"ends": jnp.asarray(ends[:batch])},
+        {},
+        jnp.ones((12, 4), jnp.int32),
+        jnp.full(12, 4),
+        jax.random.key(0),
+        max_new_tokens=50,
+        eos_id=EOS,
+        compact=compact,
+    )
+    jax.effects_barrier()
+    np.testing.assert_array_equal(drawn.completion_mask.sum(axis=1), ends)
+    assert calls == batches
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_leaving_out_what_has_ended_changes_nothing(params, temperature):
+    prompts, lengths = jnp.tile(PROMPTS, (4, 1)), jnp.tile(LENGTHS, 4)
+    settings = {"max_new_tokens": 40, "temperature": temperature}
+    whole = sample(params, prompts, lengths, **settings)
+    alone = sample(params, prompts, lengths, **settings, compact=2)
+    counts = np.sort(whole.completion_mask.sum(axis=1))
+    # Both gatherings take place, and some rows outlive them.
+    assert counts[12] < counts[17] - 1 < counts[-1] - 5
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_a_second_call_compiles_nothing():
     first = sample(TABLE)
     before = jitted._cache_size()

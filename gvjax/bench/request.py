@@ -212,7 +212,7 @@ def check(request: Request) -> None:
             raise ValueError(f"--{name} {value} must be at least {least}")
     if request.repeats < 1:
         raise ValueError(f"--repeats {request.repeats} must be at least 1")
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.batch_shards(mesh)
     per_row = {"a batch of sequences": 1}
     if any(row in PAIRED for row in request.rows):
         per_row["pairs"] = 2

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 import gvjax
-from gvjax import distributed
+from gvjax import distributed, runtime
 from gvjax.gap.results import write_whole
 from gvjax.recipes.loop import PreemptedError
 
@@ -424,6 +424,8 @@ def _work(number, core, tasks, news, store, perform) -> None:
     if core is not None:
         # Before jax makes its thread pool: one thread on one core wastes nothing on waiting for the others.
         os.sched_setaffinity(0, {core})
+    # Where programs are kept is the leader's to say.
+    runtime.configure(keep_programs=False)
     share_compiled_programs(store)
     while True:
         stage = tasks.get()

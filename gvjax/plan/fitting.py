@@ -253,7 +253,7 @@ def _remedies(
     batch = part.stage(ground).batch
     if slices is None or batch is None:
         return
-    shards = ground.mesh.shape["data"] * ground.mesh.shape["fsdp"]
+    shards = sharding.batch_shards(ground.mesh)
     rows = getattr(part.section, "batch_rows", None) or batch[1]
     while (slices := 2 * slices) and rows % (slices * shards) == 0:
         found = _planned(part.stage(ground, num_microbatches=slices), compiler, target)
@@ -269,7 +269,7 @@ def _largest_batch(
     stage = part.stage(ground)
     assert stage.batch is not None
     field, given = stage.batch
-    shards = ground.mesh.shape["data"] * ground.mesh.shape["fsdp"]
+    shards = sharding.batch_shards(ground.mesh)
     unit = shards * getattr(part.section, "num_microbatches", 1)
 
     def fits(units: int) -> bool:

@@ -437,7 +437,7 @@ class _Parts:
         """Prefill and decoding, one program."""
         ground = self._ground
         model, mesh = ground.model, ground.mesh
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = sharding.batch_shards(mesh)
         rows = prompts * samples
         flops = prompts * cost.grouped_flops(
             model, ground.prompt_length, ground.completion_length, samples

@@ -58,6 +58,7 @@ class Ground:
       lora: what is trained instead of the whole policy; None trains all of it.
       rows_per_call: completions in one compiled call where nothing is learned.
       gather_for_sampling: sampling reads matrices that the fsdp axis does not split.
+      compact_sampling: sampling goes on without the completions that have ended.
       shortest_prompt: tokens that every prompt has at least; 0 where that is not known.
 
     A policy is either plain parameters or, while adapters are trained, `lora.adapted(base, adapters)`; every function
@@ -74,6 +75,7 @@ class Ground:
     lora: LoraConfig | None = None
     rows_per_call: int = 512
     gather_for_sampling: bool = False
+    compact_sampling: bool = False
     shortest_prompt: int = 0
 
     @property
@@ -445,6 +447,7 @@ def ground_of(
             checkpoint=model.get("checkpoint"),
             rows_per_call=mesh.rows_per_call,
             gather_for_sampling=mesh.gather_for_sampling,
+            compact_sampling=mesh.compact_sampling,
             shortest_prompt=getattr(task, "min_prompt_length", 0),
         )
         ground.policy_shapes()
@@ -647,6 +650,7 @@ def sampler(
     init_cache = functools.partial(
         transformer.init_cache, ground.model, mesh=ground.mesh
     )
+    shards = sharding.batch_shards(ground.mesh)
 
     @jax.jit
     def sample(params, prompts, lengths, key, prompt_ids):
@@ -664,6 +668,7 @@ def sampler(
             temperature=temperature,
             allow_truncated_support=temperature == 0,
             prompt_ids=prompt_ids,
+            compact=shards if ground.compact_sampling else None,
         )
 
     return sample
@@ -719,7 +724,7 @@ def in_parts(ground: Ground, rows: int, most: int) -> list[np.ndarray]:
 
     One shape for every call means one compiled program; the size divides over the mesh.
     """
-    shards = ground.mesh.shape["data"] * ground.mesh.shape["fsdp"]
+    shards = sharding.batch_shards(ground.mesh)
     parts = -(-rows // max(most, 1))
     size = -(-rows // (parts * shards)) * shards
     return [

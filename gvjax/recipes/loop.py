@@ -302,7 +302,11 @@ def train(
                 )
 
         for round_ in range(first, rounds):
-            begun, run.clock.waits = time.monotonic(), written(round_)
+            run.clock.waits = written(round_)
+            if run.clock.waits:
+                # What earlier rounds left to be done is not this one's time.
+                jax.block_until_ready(state)
+            begun = time.monotonic()
             state, metrics = advance(state, round_)
             timing = {}
             if run.clock.waits:

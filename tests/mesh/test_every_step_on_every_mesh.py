@@ -213,6 +213,20 @@ def test_matrices_may_be_gathered_once_for_sampling():
     assert over_fsdp == {"all-gather": 8}
 
 
+@pytest.mark.slow
+def test_completions_that_have_ended_may_be_left_out():
+    """On four shards of rows, in numbers that they divide; the same ones are drawn."""
+    whole = dataclasses.replace(
+        ground_on((2, 2, 2)), eos_id=5, completion_length=24, prompt_length=PROMPT
+    )
+    compact = dataclasses.replace(whole, compact_sampling=True)
+    found, expected = sample_on(compact), sample_on(whole)
+    counts = np.sort(expected.completion_mask.sum(axis=1))
+    assert counts[len(counts) // 2] < counts[-1] - 2
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.logps, expected.logps, rtol=1e-6, atol=1e-6)
+
+
 def test_activations_are_constrained_and_logits_stay_split():
     ground = ground_on((2, 2, 2))
     policy, batch = placed(ground)[0], ground.put(sequences(0))
