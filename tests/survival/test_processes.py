@@ -239,6 +239,21 @@ def test_a_study_by_two_processes_stopped_and_killed_comes_back_to_the_same_bits
     assert numbers_of(preloaded.directory / "apart") == numbers_of(study_pair)
 
 
+@pytest.mark.exhaustive
+def test_a_gap_by_two_processes_is_that_of_one(preloaded):
+    """Every number of every seed, and the advice."""
+    process = preloaded.start("gap", "gap.yaml", "run_dir=gap-alone", "workers=1")
+    assert process.wait(600) == 0, process.said()
+    group = preloaded.group(2, "gap", "gap.yaml", "run_dir=gap-together")
+    assert codes(group) == [0, 0], said(group)
+    alone, together = (
+        numbers_of(preloaded.directory / name, "gap.json")
+        for name in ("gap-alone", "gap-together")
+    )
+    assert together[1].keys() == alone[1].keys()
+    assert_close(together[0], alone[0], "gap")
+
+
 def proxies_of(results) -> list[float]:
     """Mean rewards by the reward model, in the order of arms, seeds and steps."""
     points = [

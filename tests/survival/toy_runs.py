@@ -97,10 +97,35 @@ STUDY = {
     "contrasts": [{"a": "RLOO", "b": "best offline", "margin": 0.05}],
 }
 
+GAP = {
+    "gap": "toy",
+    **{
+        name: STUDY[name]
+        for name in ("seeds", "task", "model", "sft", "pairs", "evaluation")
+    },
+    "scorers": {
+        "learning_rates": [0.01],
+        "steps": 4,
+        "batch_size": 8,
+        "evaluate_every": 2,
+        "fractions": [1.0],
+        "also": ["shuffled reward model"],
+    },
+    "samples": {
+        "prompts": 8,
+        "validation_prompts": 8,
+        "per_prompt": 4,
+        "opponents": 2,
+        "best_of_n": [1, 2],
+    },
+    "pilot": {"online": "RLOO", "arms": STUDY["arms"]},
+}
+
 
 def write_runs(directory: pathlib.Path) -> None:
-    """`<recipe>.yaml` for each, run in directories of their names, and `study.yaml`."""
+    """`<recipe>.yaml` for each, run in directories of their names, `study.yaml` and `gap.yaml`."""
     (directory / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    (directory / "gap.yaml").write_text(yaml.safe_dump(GAP))
     for name, fields in RECIPES.items():
         config = {"run_dir": name, **TOY, **fields}
         (directory / f"{name}.yaml").write_text(yaml.safe_dump(config))
@@ -119,17 +144,16 @@ def assert_same(found: pathlib.Path, expected: pathlib.Path) -> None:
     assert all(jax.tree.leaves(same)), same
 
 
-def numbers_of(study: pathlib.Path) -> tuple:
-    """Results and metrics of all stages, but for clock times."""
+def numbers_of(study: pathlib.Path, file: str = "results.json") -> tuple:
+    """What the file holds and metrics of all stages, but for clock times and where it stands."""
+    own = ("seconds", "config", "config_hash", "started")
 
     def timeless(value):
         if isinstance(value, dict):
-            return {k: timeless(v) for k, v in value.items() if k != "seconds"}
+            return {k: timeless(v) for k, v in value.items() if k not in own}
         return [timeless(v) for v in value] if isinstance(value, list) else value
 
-    results = json.loads((study / "results.json").read_text())
-    for name in ("config", "config_hash", "started"):
-        del results[name]
+    results = json.loads((study / file).read_text())
     metrics = {
         path.parent.name: path.read_bytes()
         for path in study.glob("stages/*/metrics.jsonl")
