@@ -1,6 +1,7 @@
 """What a run does about faults that are not the end of the process."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -139,3 +140,25 @@ def test_a_run_directory_that_cannot_be_written_is_a_config_error(tmp_path, caps
     path.write_text(yaml.safe_dump(fields))
     assert command_line.main(["run", str(path)]) == command_line.CONFIG_ERROR
     assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_the_time_of_a_round_is_its_own(tmp_path, monkeypatch):
+    """A device that takes a second a round and is told ten of them ahead: those that are written down wait for it."""
+    told, clock = [], [0.0]
+
+    def wait(made):
+        clock[0] += len(told)
+        told.clear()
+        return made
+
+    def advance(state, round_):
+        told.append(round_)
+        return state, {"loss": jnp.zeros(())}
+
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    run = loop.Run(tmp_path, {}, config.LoggingSection(tensorboard=False, every=10, sample_every=0))
+    state = steps.init_train_state({"w": jnp.zeros(2)}, optax.adam(0.1))
+    loop.train(run, state, advance, rounds=30)
+    lines = (tmp_path / "timing.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step_time"] for line in lines] == [1.0, 1.0, 1.0]
