@@ -78,10 +78,8 @@ def gap(arguments: argparse.Namespace) -> int:
 
 def _joined(settings: config.StudyConfig | config.GapConfig) -> Console:
     """As `_meet`, for what has stages."""
-    try:
+    with config.refusing():
         check_together(settings, distributed.promised())
-    except ValueError as error:
-        raise config.ConfigError(str(error)) from None
     return _meet(settings, code_fingerprint())
 
 
@@ -101,12 +99,10 @@ def _meet(
         heartbeat_timeout_s=settings.timeouts.heartbeat,
         initialization_timeout_s=settings.timeouts.arrival,
     )
-    try:
+    with config.refusing():
         same = f"{config.config_hash(settings)} {more}"
         distributed.assert_same_on_all_hosts("config", same)
         distributed.assert_shared(pathlib.Path(settings.run_dir))
-    except ValueError as error:
-        raise config.ConfigError(str(error)) from None
     return Console(quiet=jax.process_index() != 0)
 
 

@@ -20,6 +20,7 @@ from gvjax.config.base import (
     Section,
     known,
     marked,
+    refusing,
 )
 from gvjax.config.gap import (
     ControlSection,
@@ -182,10 +183,8 @@ def load(
     data = with_tokenizer(data)
     kinds: dict[str, type[Section]] = {"study": StudyConfig, "gap": GapConfig}
     kind = next((kind for key, kind in kinds.items() if key in data), RunConfig)
-    try:
+    with refusing():
         return validate(kind, data, str(path))  # type: ignore[return-value]
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def options(assignments: Sequence[str]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What every section of a config is made of."""
 
+import contextlib
 import difflib
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import pydantic
@@ -35,6 +36,21 @@ RunDir = Annotated[str, pydantic.AfterValidator(_is_path)]
 
 class ConfigError(ValueError):
     """A config that cannot be run; the message says which field, what is wrong and what would do."""
+
+
+@contextlib.contextmanager
+def refusing(place: str = "") -> Iterator[None]:
+    """A ValueError that comes up inside is the config's fault, and becomes a ConfigError.
+
+    Args:
+      place: the field, or whatever is to be put right; the message begins with it.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}" if place else str(error)) from None
 
 
 class Section(pydantic.BaseModel):

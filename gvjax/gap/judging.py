@@ -225,7 +225,7 @@ def _by_reward_model(
 
 
 def _llm(settings: config.GapConfig, section: config.LlmJudgeSection) -> LlmJudge:
-    try:
+    with config.refusing("judge"):
         return LlmJudge(
             Endpoint(
                 section.base_url,
@@ -237,8 +237,6 @@ def _llm(settings: config.GapConfig, section: config.LlmJudgeSection) -> LlmJudg
             budget=Budget(calls=section.calls),
             max_failure_share=section.max_failure_share,
         )
-    except ValueError as error:
-        raise config.ConfigError(f"judge: {error}") from None
 
 
 def _by_llm(
@@ -277,10 +275,8 @@ def _by_people(
     if not key.exists():
         sheet.parent.mkdir(parents=True, exist_ok=True)
         pairs = [texts for match in matches for texts in match.texts()]
-        try:
+        with config.refusing("judge"):
             human.export_pairs(sheet, key, pairs, seed=settings.seeds[0])
-        except ValueError as error:
-            raise config.ConfigError(f"judge: {error}") from None
         raise LabelsWanted(
             f"{len(pairs)} comparisons are in {sheet}: fill in its column `preferred` with first, second or tie, and give"
             " the same command again"

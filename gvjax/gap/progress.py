@@ -38,10 +38,8 @@ def do_all(
     """
     workers = workers_of(settings)
     keys = hashlib.sha256("".join(stage.key for stage in stages).encode()).hexdigest()
-    try:
+    with config.refusing():
         distributed.assert_same_on_all_hosts("plan (data, code)", keys)
-    except ValueError as error:
-        raise config.ConfigError(str(error)) from None
     if jax.process_index() == 0:
         frozen = store.root.parent / f"config-{config.config_hash(settings)}.json"
         frozen.write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from gvjax.models.transformer import REMAT
 from gvjax.plan.compiling import Compiled, Compiler
 from gvjax.plan.programs import Program, Stage, stage_of
 from gvjax.plan.targets import Target
+from gvjax.recipes import checks
 from gvjax.recipes.ground import Ground, ground_of, task_of
 
 MAX_ROWS = 2**20
@@ -163,7 +164,8 @@ def plan(
         parts = [part for part in parts if part.name in asked]
     for part in parts:
         label = part.name
-        check_rows(part.section, ground)
+        with config.refusing(f"recipe {part.section.recipe}"):
+            checks.check_rows(part.section, ground)
     for part in parts:
         label = part.name
         found = _planned(part.stage(ground), compiler, target)
@@ -188,20 +190,6 @@ def check_mesh(mesh: config.MeshSection, target: Target) -> None:
             f"mesh.tensor is {mesh.tensor}, which would reach beyond {where} ({target.tensor_reach} devices of "
             f"{target.name}), over the slow network; use a divisor of {target.tensor_reach}"
         )
-
-
-def check_rows(section: config.Recipe, ground: Ground) -> None:
-    """Refuses batches that do not divide over the mesh.
-
-    Raises:
-      ConfigError: naming the sizes that do.
-    """
-    try:
-        for name in ("batch_size", "prompts_per_step", "on_policy_prompts"):
-            if (rows := getattr(section, name, None)) is not None:
-                sharding.check_batch_size(ground.mesh, rows, name)
-    except ValueError as error:
-        raise config.ConfigError(f"recipe {section.recipe}: {error}") from None
 
 
 def _seed(settings: config.RunConfig | config.StudyConfig) -> int:
@@ -242,8 +230,8 @@ def _remedies(
     for text, changed_model, changed_mesh in changes:
         ground, compiler = on(changed_model, changed_mesh)
         try:
-            check_rows(part.section, ground)
-        except config.ConfigError:
+            checks.check_rows(part.section, ground)
+        except ValueError:
             continue
         found = _planned(part.stage(ground), compiler, target)
         if found.fits:

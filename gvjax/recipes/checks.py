@@ -25,12 +25,23 @@ def check_same_everywhere(batch: Any) -> None:
     Raises:
       ConfigError: it is not.
     """
-    try:
+    with config.refusing():
         distributed.assert_same_on_all_hosts(
             "first batch", distributed.batch_digest(batch)
         )
-    except ValueError as error:
-        raise config.ConfigError(str(error)) from None
+
+
+def check_rows(section: config.Recipe, ground: Ground) -> None:
+    """Every batch must divide over the mesh.
+
+    Raises:
+      ValueError: naming the sizes that do.
+    """
+    for name in ("batch_size", "prompts_per_step", "on_policy_prompts"):
+        if (rows := getattr(section, name, None)) is not None:
+            sharding.check_batch_size(ground.mesh, rows, name)
+    if section.batch_rows is not None:
+        sharding.check_batch_size(ground.mesh, section.batch_rows, "a batch of size")
 
 
 def check_masks(batch: SequenceBatch) -> None:

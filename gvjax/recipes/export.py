@@ -39,7 +39,7 @@ def export(
     done, directory = single.finished(run_dir), pathlib.Path(directory)
     checkpoint = done.ground.checkpoint
     section = done.settings.settings
-    try:
+    with config.refusing(f"{run_dir} cannot be exported"):
         if isinstance(section, config.RewardSection):
             said = _export_reward_model(done, directory, dtype, pad_token)
         elif pad_token is not None:
@@ -51,10 +51,6 @@ def export(
             hf.save_policy(directory, model, policy, source=checkpoint, dtype=dtype)
             said = f"policy of recipe {section.recipe} written to {directory}"
             _write_tokenizer(checkpoint, directory)
-    except ValueError as error:
-        if isinstance(error, config.ConfigError):
-            raise
-        raise config.ConfigError(f"{run_dir} cannot be exported: {error}") from None
     _write_template(done.settings.task, directory)
     return said
 
@@ -66,12 +62,10 @@ def convert(source: str, directory: pathlib.Path | str) -> str:
       ConfigError: it cannot be read, or the directory holds weights already.
     """
     directory = pathlib.Path(directory)
-    try:
+    with config.refusing(f"{source} cannot be imported"):
         model, params = hf.load_policy(source)
         hf.save_policy(directory, model, params, source=source)
         _write_tokenizer(source, directory)
-    except ValueError as error:
-        raise config.ConfigError(f"{source} cannot be imported: {error}") from None
     return f"{source} written to {directory}"
 
 

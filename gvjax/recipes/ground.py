@@ -161,7 +161,7 @@ class Ground:
           ConfigError: the checkpoint does not hold what its config says.
         """
         if self.checkpoint is not None:
-            try:
+            with config.refusing("model.checkpoint"):
                 return hf.load_policy(
                     self.checkpoint,
                     shardings=lambda shapes: sharding.shardings(
@@ -169,8 +169,6 @@ class Ground:
                     ),
                     dtype=self.model.dtype,
                 )[1]
-            except ValueError as error:
-                raise config.ConfigError(f"model.checkpoint: {error}") from None
         return sharding.init_sharded(
             lambda key: transformer.init(key, self.model),
             self.mesh,
@@ -431,7 +429,7 @@ def ground_of(
         if "checkpoint" in model
         else _shape_of_fields(task, model)
     )
-    try:
+    with config.refusing("mesh"):
         placed = sharding.make_mesh(
             data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices
         )
@@ -451,16 +449,12 @@ def ground_of(
             shortest_prompt=getattr(task, "min_prompt_length", 0),
         )
         ground.policy_shapes()
-    except ValueError as error:
-        raise config.ConfigError(f"mesh: {error}") from None
     if adapters is None:
         return ground
-    try:
+    with config.refusing("lora"):
         chosen = LoraConfig(adapters.rank, adapters.alpha, adapters.targets)
         ground = dataclasses.replace(ground, lora=chosen)
         ground.trained_shapes()
-    except ValueError as error:
-        raise config.ConfigError(f"lora: {error}") from None
     return ground
 
 
@@ -472,11 +466,9 @@ def _shape_of_checkpoint(task: Task, model: dict[str, Any]) -> ModelConfig:
                 f"model.{name} is given beside model.checkpoint, whose config.json says what the network is; only"
                 f" {', '.join(families.RUNTIME)} may be"
             )
-    try:
+    with config.refusing("model.checkpoint"):
         written = hf.read_config(hf.resolve(model["checkpoint"]))
         shape = families.model_config(written)
-    except ValueError as error:
-        raise config.ConfigError(f"model.checkpoint: {error}") from None
     fields = {
         each.name: getattr(shape, each.name) for each in dataclasses.fields(shape)
     }

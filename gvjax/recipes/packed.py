@@ -73,17 +73,13 @@ def _examples(
 
 
 def _batches(examples: Examples, settings, seed: int, role: str) -> Batches:
-    try:
+    with config.refusing(f"packed_length {settings.packed_length}"):
         return Batches(
             examples,
             batch_size=settings.batch_size,
             seed=int(role_rng(seed, role).integers(2**62)),
             packing=True,
         )
-    except ValueError as error:
-        raise config.ConfigError(
-            f"packed_length {settings.packed_length}: {error}"
-        ) from None
 
 
 def check(

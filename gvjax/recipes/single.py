@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 
-from gvjax import config, losses, sharding
+from gvjax import config, losses
 from gvjax.judges.verifier import Verifier
 from gvjax.recipes import (
     best_of_n,
+    checks,
     dpo,
     hypo,
     identity,
@@ -154,20 +155,14 @@ def check(section: config.Recipe, ground: Ground) -> None:
     Raises:
       ConfigError: a loss, a verifier or a size does not fit; the message names the field.
     """
-    try:
+    with config.refusing(f"recipe {section.recipe}"):
         if isinstance(section, config.DpoSection):
             _check_loss(section)
         if isinstance(
             section, config.SftSection | config.RewardSection | config.DpoSection
         ):
             packed.check(section, ground)
-        for name in ("batch_size", "prompts_per_step", "on_policy_prompts"):
-            if (rows := getattr(section, name, None)) is not None:
-                sharding.check_batch_size(ground.mesh, rows, name)
-        if section.batch_rows is not None:
-            sharding.check_batch_size(
-                ground.mesh, section.batch_rows, "a batch of size"
-            )
+        checks.check_rows(section, ground)
         penalty = getattr(section, "missing_eos_penalty", 0.0)
         if penalty and ground.eos_id is None:
             raise ValueError(
@@ -184,10 +179,6 @@ def check(section: config.Recipe, ground: Ground) -> None:
                 max_error_share=verifier.max_error_share,
             ):
                 pass
-    except ValueError as error:
-        if isinstance(error, config.ConfigError):
-            raise
-        raise config.ConfigError(f"recipe {section.recipe}: {error}") from None
 
 
 def _check_loss(section: config.DpoSection) -> None:
@@ -345,13 +336,11 @@ def _prompts(settings: config.RunConfig, task: Task) -> tuple[Prompts, Prompts]:
     if isinstance(task, Dataset) and settings.settings.recipe in ("sft", "reward"):
         # They are not judged on prompts: only shown some.
         judged = min(judged, task.size("validation"))
-    try:
+    with config.refusing():
         return (
             task.prompts(rng, count, "train"),
             task.prompts(rng, judged, "validation"),
         )
-    except ValueError as error:
-        raise config.ConfigError(str(error)) from None
 
 
 def _content(task: Task) -> dict[str, Any]:
