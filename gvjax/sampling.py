@@ -41,10 +41,10 @@ def generate(
     for any `max_new_tokens`.
 
     Args:
-      decode_fn: DecodeFn, e.g. `transformer.decode_fn(config)`.
-      init_cache: `(batch, length) -> cache`, e.g. `functools.partial(transformer.init_cache, config)`. An array whose shape
+      decode_fn: DecodeFn, e.g. `decoding.decode_fn(config)`.
+      init_cache: `(batch, length) -> cache`, e.g. `functools.partial(decoding.init_cache, config)`. An array whose shape
         depends on the length must hold the same numbers when it is put in front of an empty one for a greater length.
-      params: what decode_fn reads; `transformer.decode_params` of them is read faster.
+      params: what decode_fn reads; `decoding.decode_params` of them is read faster.
       prompts: int32[N, P], padded on the right with anything.
       prompt_lengths: int32[N], >= 1 (begin with a BOS or the like).
       key: consumed.

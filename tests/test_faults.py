@@ -157,7 +157,9 @@ def test_the_time_of_a_round_is_its_own(tmp_path, monkeypatch):
 
     monkeypatch.setattr(jax, "block_until_ready", wait)
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
-    run = loop.Run(tmp_path, {}, config.LoggingSection(tensorboard=False, every=10, sample_every=0))
+    run = loop.Run(
+        tmp_path, {}, config.LoggingSection(tensorboard=False, every=10, sample_every=0)
+    )
     state = steps.init_train_state({"w": jnp.zeros(2)}, optax.adam(0.1))
     loop.train(run, state, advance, rounds=30)
     lines = (tmp_path / "timing.jsonl").read_text().splitlines()

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from gvjax import sampling, sharding
-from gvjax.models import transformer
+from gvjax.models import decoding, transformer
 from gvjax.models.transformer import ModelConfig
 from gvjax.types import Rollouts
 
@@ -39,8 +39,8 @@ def bigram_decode(params, tokens, positions, cache):
 
 
 TRANSFORMER = (
-    transformer.decode_fn(CONFIG),
-    functools.partial(transformer.init_cache, CONFIG),
+    decoding.decode_fn(CONFIG),
+    functools.partial(decoding.init_cache, CONFIG),
 )
 BIGRAM = (bigram_decode, lambda batch, length: {})
 TABLE = jnp.asarray(np.random.default_rng(0).normal(0, 1.5, (9, 9)), jnp.float32)
@@ -93,8 +93,8 @@ def test_bfloat16_sampler_and_scorer_agree_within_rounding(params):
     settings = (("max_new_tokens", 6), ("num_samples", 2))
     key = jax.random.key(0)
     model = (
-        transformer.decode_fn(config),
-        functools.partial(transformer.init_cache, config),
+        decoding.decode_fn(config),
+        functools.partial(decoding.init_cache, config),
     )
     drawn = jitted(
         model, params, PROMPTS, LENGTHS, key, jnp.arange(3), settings=settings
@@ -387,9 +387,9 @@ def test_one_program_generates_scores_and_differentiates_on_a_mesh(params, rollo
     @jax.jit
     def program(params, prompts, lengths):
         drawn = sampling.generate(
-            transformer.decode_fn(CONFIG, mesh=mesh),
-            functools.partial(transformer.init_cache, CONFIG, mesh=mesh),
-            transformer.decode_params(CONFIG, params),
+            decoding.decode_fn(CONFIG, mesh=mesh),
+            functools.partial(decoding.init_cache, CONFIG, mesh=mesh),
+            decoding.decode_params(CONFIG, params),
             prompts,
             lengths,
             jax.random.key(0),

@@ -20,7 +20,7 @@ from gvjax.data import schema, sources
 from gvjax.data.ahead import Ahead
 from gvjax.data.batches import Batches, Examples, LengthPolicy, encode_rows
 from gvjax.data.tokenizer import ByteTokenizer
-from gvjax.models import cost, heads, transformer
+from gvjax.models import cost, decoding, heads
 from gvjax.recipes import dpo, online_dpo, policy_gradient, ppo, reward, sft
 from gvjax.recipes.ground import (
     CompiledTraining,
@@ -226,14 +226,14 @@ def _prefill_program(footing: Footing) -> Callable[..., Any]:
     """`(params, tokens, lengths) -> logits` after running prompts into an empty cache, with all a sampler does first."""
     model, mesh = footing.request.model, footing.request.mesh
     sizes = footing.request.sizes
-    decode = transformer.decode_fn(model, mesh=mesh)
+    decode = decoding.decode_fn(model, mesh=mesh)
 
     @jax.jit
     def prefill(params, tokens, lengths):
         places = jnp.arange(sizes.prompt)[None]
         positions = jnp.where(places < lengths[:, None], places, -1)
-        cache = transformer.init_cache(model, len(tokens), sizes.length, mesh=mesh)
-        params = transformer.decode_params(model, params)
+        cache = decoding.init_cache(model, len(tokens), sizes.length, mesh=mesh)
+        params = decoding.decode_params(model, params)
         return decode(params, tokens, positions, cache)
 
     return prefill

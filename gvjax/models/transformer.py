@@ -31,14 +31,8 @@ from jax.sharding import PartitionSpec as P
 
 from gvjax import logps
 from gvjax.models import draws
-from gvjax.models.attention import (
-    AttentionConfig,
-    cached_attention,
-    causal_attention,
-)
-from gvjax.types import DecodeFn, Params
-
-Cache = dict[str, Any]
+from gvjax.models.attention import AttentionConfig, causal_attention
+from gvjax.types import Params
 
 PARTITION_RULES = (
     (r"positions/embedding", P(None, "fsdp")),
@@ -417,7 +411,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
       Nested dict of float32 arrays, as in the module's docstring.
     """
     x = jnp.zeros((1, config.embed_dim))
-    rotation = _rotation(jnp.zeros((1, 1), jnp.int32), config, 0)
+    rotation = rotation_of(jnp.zeros((1, 1), jnp.int32), config, 0)
 
     def blank_layer(_):
         block, unused = Block(config), jax.random.key(0)
@@ -559,7 +553,7 @@ def run_layers(
     arrange = _arranging(mesh, platform_of(mesh, platform))
 
     def run(layer: int, skip: int = 0):
-        rotation = _rotation(positions, config, layer)
+        rotation = rotation_of(positions, config, layer)
 
         def apply_layer(x, layer_params):
             x, _ = Block(config).apply(
@@ -570,7 +564,7 @@ def run_layers(
                 lambda *heads: (attend(layer, *heads), None),
                 skip,
             )
-            return _constrain(x, mesh)
+            return constrain(x, mesh)
 
         if config.remat == "none":
             return apply_layer
@@ -578,7 +572,7 @@ def run_layers(
         policy = dots if config.remat == "dots" else None
         return jax.checkpoint(apply_layer, policy=policy)
 
-    x = _constrain(_embed(config, params, tokens, positions), mesh)
+    x = constrain(embed(config, params, tokens, positions), mesh)
     # A scan walks over whole periods, so that what differs between layers stays static; the rest is unrolled.
     period = config.period
     scan = scans(config, platform_of(mesh, platform))
@@ -591,16 +585,16 @@ def run_layers(
 
         def body(x, period_params):
             for layer in range(period):
-                x = run(layer)(x, _layer(period_params, layer))
+                x = run(layer)(x, layer_of(period_params, layer))
             return x, None
 
         x, _ = jax.lax.scan(body, x, stacked)
     last = config.num_layers - 1
     for layer in range(scanned, config.num_layers):
-        x = run(layer, skip if layer == last else 0)(x, _layer(layers, layer))
+        x = run(layer, skip if layer == last else 0)(x, layer_of(layers, layer))
     if scanned == config.num_layers:
         x = x.reshape(batch, length, -1)[:, skip:].reshape(-1, config.embed_dim)
-    x = _normed(config, params, x)
+    x = normed(config, params, x)
     return x.reshape(batch, length - skip, config.embed_dim)
 
 
@@ -633,7 +627,7 @@ def apply(
 ) -> jax.Array:
     """Logits f32[B, T, V]; `[b, t]` predicts token t + 1. Arguments as for `hidden`."""
     states = hidden(config, params, tokens, segments, mesh=mesh, platform=platform)
-    return _logits(config, params, states)
+    return logits_of(config, params, states)
 
 
 def token_logps_fn(
@@ -736,146 +730,6 @@ def logps_of_states(
     return of_states(states, unembedding(config, params), tokens, scored)
 
 
-# Decoding.
-
-
-def init_cache(
-    config: ModelConfig,
-    batch: int,
-    length: int,
-    dtype: Any = None,
-    *,
-    mesh: Mesh | None = None,
-) -> Cache:
-    """An empty cache for `batch` rows of up to `length` slots.
-
-    One key and one value array `[B, K, length, hd]` per layer, written in place. All rows write to the same slot at a
-    time, and each slot remembers the position that its token has in its row (−1: none), so that ragged prompts need no
-    scatter. Every array of the cache but the slot counter has the batch as axis 0.
-
-    Args:
-      config: ModelConfig.
-      batch, length: sizes; writing past `length` is not detected.
-      dtype: of keys and values; the config's by default.
-      mesh: where given, batch is split over (data, fsdp) and heads over tensor.
-    """
-    shape = (batch, config.kv_heads, length, config.width)
-
-    def empty():
-        array = jnp.zeros(shape, dtype or config.dtype)
-        return _constrain(array, mesh, "tensor", None, None)
-
-    return {
-        "keys": tuple(empty() for _ in range(config.num_layers)),
-        "values": tuple(empty() for _ in range(config.num_layers)),
-        "positions": jnp.full((batch, length), -1, jnp.int32),
-        "slot": None,
-    }
-
-
-def decode_params(config: ModelConfig, params: Params) -> Params:
-    """Parameters as decoding reads them: matrices in the config's dtype, layers taken apart.
-
-    `decode_fn` takes either form. Made once before a loop, this one spares every step of the loop the conversion.
-    """
-
-    def cast(p):
-        return p.astype(config.dtype) if p.ndim > 1 else p
-
-    layers = tuple(_layer(params["layers"], i) for i in range(config.num_layers))
-    return jax.tree.map(cast, {**params, "layers": layers})
-
-
-def decode_fn(
-    config: ModelConfig, *, mesh: Mesh | None = None, platform: str | None = None
-) -> DecodeFn:
-    """A DecodeFn: new tokens in, the logits after the last of them out, the cache grown by them.
-
-    Into an empty cache a whole batch of prompts goes at once, padded on the right, with the kernels of training
-    (`slot` is None in an empty cache, so this is decided while tracing). Afterwards any number of tokens may follow,
-    usually one.
-
-    Args:
-      config: ModelConfig.
-      mesh, platform: as for `hidden`.
-
-    Returns:
-      `(params, tokens int32[B, S], positions int32[B, S], cache) -> (logits f32[B, V], cache)`; `positions` count from
-      0 in each row, −1 marks padding; the logits are those after each row's token of the highest position.
-    """
-    platform = platform_of(mesh, platform)
-
-    def decode(params, tokens, positions, cache):
-        batch, count = tokens.shape
-        prefill = cache["slot"] is None
-        slot = jnp.int32(0) if prefill else cache["slot"]
-        if count > cache["positions"].shape[1]:
-            raise ValueError(
-                f"{count} tokens do not fit a cache of length {cache['positions'].shape[1]}; make it as long as prompt "
-                "and completion together"
-            )
-        slot_positions = jax.lax.dynamic_update_slice(
-            cache["positions"], positions, (0, slot)
-        )
-        x = _constrain(_embed(config, params, tokens, positions), mesh)
-        new_keys, new_values = [], []
-        for layer in range(config.num_layers):
-
-            def attend(queries, keys, values, layer=layer):
-                written = tuple(
-                    jax.lax.dynamic_update_slice(
-                        old, new.swapaxes(1, 2).astype(old.dtype), (0, 0, slot, 0)
-                    )
-                    for old, new in (
-                        (cache["keys"][layer], keys),
-                        (cache["values"][layer], values),
-                    )
-                )
-                attention = config.attention(layer)
-                if prefill:
-                    out = causal_attention(
-                        queries,
-                        keys,
-                        values,
-                        config=attention,
-                        platform=platform,
-                        mesh=mesh,
-                    )
-                else:
-                    out = cached_attention(
-                        queries,
-                        *written,
-                        config=attention,
-                        positions=positions,
-                        slot_positions=slot_positions,
-                    )
-                return out.astype(queries.dtype), written
-
-            x, (keys, values) = Block(config).apply(
-                {"params": _layer(params["layers"], layer)},
-                x,
-                batch,
-                _rotation(positions, config, layer),
-                attend,
-            )
-            new_keys.append(keys)
-            new_values.append(values)
-        # The last token only: the logits of a whole prompt batch would dwarf the cache.
-        last = jnp.argmax(positions, axis=1)
-        x = x.reshape(batch, count, config.embed_dim)
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        x = _normed(config, params, x)
-        cache = {
-            "keys": tuple(new_keys),
-            "values": tuple(new_values),
-            "positions": slot_positions,
-            "slot": slot + count,
-        }
-        return _logits(config, params, x), cache
-
-    return decode
-
-
 # Parts of the forward pass.
 
 
@@ -883,13 +737,13 @@ def _final_norm(config: ModelConfig) -> Norm:
     return Norm(config, config.norm == "layer")
 
 
-def _normed(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
-    variables = {"params": params["final_norm"]}
-    normed: Any = _final_norm(config).apply(variables, x)
-    return normed
+def normed(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    """[tokens, D]: what the last layer leaves, normalised."""
+    states: Any = _final_norm(config).apply({"params": params["final_norm"]}, x)
+    return states
 
 
-def _layer(layers: Params, index: int) -> Params:
+def layer_of(layers: Params, index: int) -> Params:
     """One layer's parameters, of stacked ones or of a tuple."""
     if isinstance(layers, tuple):
         return layers[index]
@@ -926,10 +780,10 @@ def _arranged(layer: Params, *, join: bool) -> Params:
     return jax.tree.map(turned, {**layer, "attention": attention})
 
 
-def _embed(
+def embed(
     config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    """[B · S, D]."""
+    """[B · S, D]: what the first layer reads, of tokens and positions int32[B, S]."""
     x = params["embed"]["embedding"][tokens.reshape(-1)].astype(config.dtype)
     if config.scale_embedding:
         x = x * jnp.asarray(config.embed_dim**0.5, x.dtype)
@@ -939,7 +793,8 @@ def _embed(
     return x
 
 
-def _logits(config: ModelConfig, params: Params, states: jax.Array) -> jax.Array:
+def logits_of(config: ModelConfig, params: Params, states: jax.Array) -> jax.Array:
+    """f32[..., V] of normalised states [..., D]."""
     matrix = unembedding(config, params)
     logits = jnp.dot(states, matrix, preferred_element_type=jnp.float32)
     return _softcap(logits, config.logit_softcap)
@@ -949,7 +804,7 @@ def _softcap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def _rotation(positions: jax.Array, config: ModelConfig, layer: int):
+def rotation_of(positions: jax.Array, config: ModelConfig, layer: int):
     """cos and sin f32[B, S, 1, r / 2] of the angles by which a layer turns its queries and keys; None turns nothing."""
     if config.learned_positions is not None:
         return None
@@ -985,7 +840,7 @@ def platform_of(mesh: Mesh | None, platform: str | None) -> str | None:
     return platform
 
 
-def _constrain(x: jax.Array, mesh: Mesh | None, *rest: str | None) -> jax.Array:
+def constrain(x: jax.Array, mesh: Mesh | None, *rest: str | None) -> jax.Array:
     """Splits axis 0 over (data, fsdp), which holds for `[B, ...]` and `[B · T, D]` alike."""
     if mesh is None:
         return x

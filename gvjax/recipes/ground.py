@@ -14,7 +14,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gvjax import config, optim, sampling, sharding, steps, tasks
-from gvjax.models import families, groups, heads, hf, lora, shapes, transformer
+from gvjax.models import (
+    decoding,
+    families,
+    groups,
+    heads,
+    hf,
+    lora,
+    shapes,
+    transformer,
+)
 from gvjax.models.lora import LoraConfig
 from gvjax.models.transformer import ModelConfig
 from gvjax.recipes.dataset import Dataset
@@ -638,10 +647,8 @@ def sampler(
     Returns:
       `(params, prompts int32[N, P], lengths int32[N], key, prompt_ids int32[N]) -> Rollouts`.
     """
-    decode = transformer.decode_fn(ground.model, mesh=ground.mesh)
-    init_cache = functools.partial(
-        transformer.init_cache, ground.model, mesh=ground.mesh
-    )
+    decode = decoding.decode_fn(ground.model, mesh=ground.mesh)
+    init_cache = functools.partial(decoding.init_cache, ground.model, mesh=ground.mesh)
     shards = sharding.batch_shards(ground.mesh)
 
     @jax.jit
@@ -669,7 +676,7 @@ def sampler(
 def _decode_params(ground: Ground, policy: Params) -> Params:
     """A policy as decoding reads it, laid out for that."""
     params = ground.with_adapters(policy)
-    made = transformer.decode_params(ground.model, params)
+    made = decoding.decode_params(ground.model, params)
     if not ground.gather_for_sampling:
         return made
     placed = jax.tree.map(

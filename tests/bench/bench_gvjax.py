@@ -20,7 +20,7 @@ import numpy as np  # noqa: E402
 
 import gvjax  # noqa: E402
 from gvjax import optim, runtime, sampling  # noqa: E402
-from gvjax.models import groups, heads, hf, transformer  # noqa: E402
+from gvjax.models import decoding, groups, heads, hf, transformer  # noqa: E402
 from gvjax.types import SharedPrompts  # noqa: E402
 
 # As the command does it.
@@ -78,9 +78,9 @@ def user_dpo(batches, prompt_length, completion_length):
 @functools.partial(jax.jit, static_argnames="num_samples")
 def sample(params, prompts, key, num_samples=1):
     return sampling.generate(
-        transformer.decode_fn(config),
-        functools.partial(transformer.init_cache, config),
-        transformer.decode_params(config, params),
+        decoding.decode_fn(config),
+        functools.partial(decoding.init_cache, config),
+        decoding.decode_params(config, params),
         prompts,
         np.full(len(prompts), prompts.shape[1]),
         key,

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from gvjax import logps, sharding
-from gvjax.models import families, heads, hf, transformer, weights
+from gvjax.models import decoding, families, heads, hf, transformer, weights
 from gvjax.models.transformer import ModelConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -107,11 +107,11 @@ def test_decoding_with_a_cache_equals_the_whole(name):
     config, params = loaded(name)
     tokens = jnp.asarray(expected(name)["tokens"])
     decode = jax.jit(
-        transformer.decode_fn(config),
+        decoding.decode_fn(config),
         compiler_options={"xla_backend_optimization_level": 0},
     )
-    cache = transformer.init_cache(config, 2, 12)
-    params = transformer.decode_params(config, params)
+    cache = decoding.init_cache(config, 2, 12)
+    params = decoding.decode_params(config, params)
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
     want = expected(name)["logits"]
     _, cache = decode(params, tokens[:, :5], positions[:, :5], cache)
@@ -680,11 +680,11 @@ def test_smollm2_knows_english_and_paris(tmp_path):
     # 273 with queries and keys left as GGUF orders them, 35.2 with rope_theta at its default.
     assert abs(perplexity - 27.7) < 0.2
 
-    decode = jax.jit(transformer.decode_fn(config))
+    decode = jax.jit(decoding.decode_fn(config))
 
     def greedy(text: str) -> str:
         prompt = tokenizer.encode(text).ids
-        cache = transformer.init_cache(config, 1, 64)
+        cache = decoding.init_cache(config, 1, 64)
         # One compiled length for both prompts.
         tokens = jnp.asarray([prompt + [0] * (40 - len(prompt))])
         positions = jnp.where(jnp.arange(40) < len(prompt), jnp.arange(40), -1)[None]

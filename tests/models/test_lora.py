@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from gvjax import sharding
-from gvjax.models import hf, lora, transformer
+from gvjax.models import decoding, hf, lora, transformer
 from gvjax.models.lora import LoraConfig
 from gvjax.models.transformer import ModelConfig
 from gvjax.steps import init_train_state, make_dpo_step, with_ref_logps
@@ -94,10 +94,10 @@ def test_applied_is_merged():
     np.testing.assert_allclose(
         transformer.apply(CONFIG, applied, tokens()), want, atol=1e-5
     )
-    decode = transformer.decode_fn(CONFIG)
+    decode = decoding.decode_fn(CONFIG)
     positions = jnp.broadcast_to(jnp.arange(7), (4, 7))
-    params = transformer.decode_params(CONFIG, applied)
-    cache = transformer.init_cache(CONFIG, 4, 7)
+    params = decoding.decode_params(CONFIG, applied)
+    cache = decoding.init_cache(CONFIG, 4, 7)
     logits, _ = decode(params, tokens(), positions, cache)
     np.testing.assert_allclose(logits, want[:, -1], atol=1e-5)
 

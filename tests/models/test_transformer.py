@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gvjax import logps, sharding
-from gvjax.models import heads, transformer
+from gvjax.models import decoding, heads, transformer
 from gvjax.models.transformer import ModelConfig
 
 BASE = ModelConfig(
@@ -91,10 +91,10 @@ def test_ragged_prefill_and_single_steps_give_the_logits_of_one_pass(name):
     params, tokens = params_of(config), tokens_of(3, 9)
     lengths = jnp.array([5, 1, 3])
     expected = apply(config, params, tokens)
-    decode = jax.jit(transformer.decode_fn(config))
+    decode = jax.jit(decoding.decode_fn(config))
 
     positions = jnp.where(jnp.arange(5) < lengths[:, None], jnp.arange(5), -1)
-    cache = transformer.init_cache(config, 3, 9)
+    cache = decoding.init_cache(config, 3, 9)
     prompts = jnp.where(positions < 0, 7, tokens[:, :5])
     logits, cache = decode(params, prompts, positions, cache)
     for step in range(4):
@@ -110,19 +110,19 @@ def test_several_tokens_may_follow_into_a_cache_in_use():
     config = FAMILIES["gemma3"]
     params, tokens = params_of(config), tokens_of(2, 8)
     apply(config, params, tokens)[:, -1]
-    decode = jax.jit(transformer.decode_fn(config))
+    decode = jax.jit(decoding.decode_fn(config))
     positions = jnp.broadcast_to(jnp.arange(8), (2, 8))
-    cache = transformer.init_cache(config, 2, 8)
-    params = transformer.decode_params(config, params)
+    cache = decoding.init_cache(config, 2, 8)
+    params = decoding.decode_params(config, params)
     _, cache = decode(params, tokens[:, :4], positions[:, :4], cache)
     logits, _ = decode(params, tokens[:, 4:], positions[:, 4:], cache)
     np.testing.assert_allclose(logits, apply(config, params, tokens)[:, -1], atol=1e-5)
 
 
 def test_a_cache_too_short_for_the_prompt_is_refused():
-    decode = transformer.decode_fn(BASE)
+    decode = decoding.decode_fn(BASE)
     with pytest.raises(ValueError, match="5 tokens do not fit a cache of length 4"):
-        cache = transformer.init_cache(BASE, 1, 4)
+        cache = decoding.init_cache(BASE, 1, 4)
         decode(params_of(BASE), tokens_of(1, 5), jnp.arange(5)[None], cache)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from gvjax import optim, sampling, steps
-from gvjax.models import groups, transformer
+from gvjax.models import decoding, groups, transformer
 from gvjax.types import PreferenceBatch, SequenceBatch, SharedPrompts
 
 ROWS, PROMPT, COMPLETION, VOCABULARY, CHUNK = 4, 40, 24, 113, 32
@@ -62,9 +62,9 @@ def sampler() -> str:
     @jax.jit
     def sample(params, prompts, lengths, key):
         return sampling.generate(
-            transformer.decode_fn(CONFIG),
-            functools.partial(transformer.init_cache, CONFIG),
-            transformer.decode_params(CONFIG, params),
+            decoding.decode_fn(CONFIG),
+            functools.partial(decoding.init_cache, CONFIG),
+            decoding.decode_params(CONFIG, params),
             prompts,
             lengths,
             key,
