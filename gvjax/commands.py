@@ -31,9 +31,9 @@ from gvjax.recipes import reward, single
 from gvjax.recipes.checks import SelfCheckError
 from gvjax.recipes.dataset import Dataset
 from gvjax.recipes.evaluation import evaluate_margins
-from gvjax.recipes.ground import role_rng
 from gvjax.recipes.loop import NonFiniteError, PreemptedError
 from gvjax.recipes.pairs import implicit_margins
+from gvjax.recipes.rows import role_rng
 from gvjax.tasks.task import Split
 
 EXPECTED = (

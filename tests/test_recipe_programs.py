@@ -12,7 +12,8 @@ from gvjax import config, logps, sharding
 from gvjax.models import cost
 from gvjax.models.transformer import ModelConfig
 from gvjax.recipes import dpo, policy_gradient, ppo, reward, sft
-from gvjax.recipes.ground import Ground, sampler
+from gvjax.recipes.ground import Ground
+from gvjax.recipes.programs import sampler
 from gvjax.types import (
     ActorCriticBatch,
     PolicyBatch,

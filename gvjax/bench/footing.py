@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from gvjax.bench.request import Request
-from gvjax.recipes.ground import Ground, role_key, role_rng
+from gvjax.recipes.ground import Ground
+from gvjax.recipes.rows import role_key, role_rng
 from gvjax.types import Params, PreferenceBatch, SequenceBatch
 
 SEED = 0

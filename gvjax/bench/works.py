@@ -22,15 +22,10 @@ from gvjax.data.batches import Batches, Examples, LengthPolicy, encode_rows
 from gvjax.data.tokenizer import ByteTokenizer
 from gvjax.models import cost, decoding, heads
 from gvjax.recipes import dpo, online_dpo, policy_gradient, ppo, reward, sft
-from gvjax.recipes.ground import (
-    CompiledTraining,
-    reward_scorer,
-    role_key,
-    role_rng,
-    sampler,
-    scorer,
-)
+from gvjax.recipes.ground import CompiledTraining
 from gvjax.recipes.loop import Clock
+from gvjax.recipes.programs import reward_scorer, sampler, scorer
+from gvjax.recipes.rows import role_key, role_rng
 from gvjax.types import Params, PreferenceBatch, SequenceBatch
 
 POOLING: heads.Pooling = "last"

@@ -30,10 +30,7 @@ from gvjax.gap.results import (
     TaskResult,
 )
 from gvjax.gap.stages import Store
-from gvjax.recipes.ground import (
-    Ground,
-    task_of,
-)
+from gvjax.recipes.ground import Ground, task_of
 
 START = "SFT"
 

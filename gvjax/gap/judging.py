@@ -20,8 +20,9 @@ from gvjax.judges import agreement, human
 from gvjax.judges.llm import Budget, Comparison, Endpoint, LlmJudge
 from gvjax.recipes import best_of_n, loop, single
 from gvjax.recipes.evaluation import evaluate_policy
-from gvjax.recipes.ground import reward_all, sequences
+from gvjax.recipes.programs import reward_all
 from gvjax.recipes.rewards import RewardModel
+from gvjax.recipes.rows import sequences
 from gvjax.tasks.task import Completions
 
 SELF_AGREEMENT = 0.8

@@ -13,16 +13,10 @@ from gvjax.gap.performing import Scene, run_of, scorer_numbers
 from gvjax.gap.planning import Plan
 from gvjax.gap.stages import Report, Stage, Store
 from gvjax.recipes import loop, sft
-from gvjax.recipes.ground import (
-    Ground,
-    cached,
-    completions_of,
-    role_key,
-    role_rng,
-    sample_all,
-    task_of,
-)
+from gvjax.recipes.ground import Ground, cached, task_of
 from gvjax.recipes.pairs import Pairs
+from gvjax.recipes.programs import sample_all
+from gvjax.recipes.rows import completions_of, role_key, role_rng
 from gvjax.tasks.task import Completions, Prompts
 
 ORDER = {"sft": 0, "pairs": 1, "scorer": 2, "untrained": 2, "reward": 3}

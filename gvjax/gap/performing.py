@@ -20,17 +20,7 @@ from gvjax.recipes import (
     single,
 )
 from gvjax.recipes.evaluation import evaluate_margins, evaluate_policy
-from gvjax.recipes.ground import (
-    Ground,
-    cached,
-    completions_of,
-    reward_all,
-    role_key,
-    role_rng,
-    sample_all,
-    score_all,
-    task_of,
-)
+from gvjax.recipes.ground import Ground, cached, task_of
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.pairs import (
     Pairs,
@@ -39,7 +29,9 @@ from gvjax.recipes.pairs import (
     labelled_pairs,
     ranked_pairs,
 )
+from gvjax.recipes.programs import reward_all, sample_all, score_all
 from gvjax.recipes.rewards import RewardModel, make_rewards
+from gvjax.recipes.rows import completions_of, role_key, role_rng
 from gvjax.tasks.task import Prompts, Task
 from gvjax.types import Params, SequenceBatch
 

@@ -16,11 +16,7 @@ from gvjax.recipes import (
     single,
 )
 from gvjax.recipes.dataset import Dataset
-from gvjax.recipes.ground import (
-    Ground,
-    ground_of,
-    task_of,
-)
+from gvjax.recipes.ground import Ground, ground_of, task_of
 from gvjax.tasks.task import Split, Task
 
 Candidates = Callable[[Stage, Stage], Sequence[Stage]]

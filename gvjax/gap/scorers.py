@@ -13,19 +13,11 @@ from gvjax import config, steps
 from gvjax.models.heads import Pooling
 from gvjax.recipes import loop
 from gvjax.recipes.evaluation import evaluate_margins
-from gvjax.recipes.ground import (
-    Ground,
-    cached,
-    make_optimizer,
-    reward_all,
-    role_key,
-    role_rng,
-    rows_at,
-    score_all,
-    sequences,
-)
+from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.pairs import Pairs
+from gvjax.recipes.programs import reward_all, score_all
+from gvjax.recipes.rows import role_key, role_rng, rows_at, sequences
 from gvjax.tasks.task import Completions, Prompts, Task
 from gvjax.types import Params
 

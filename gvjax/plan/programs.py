@@ -27,15 +27,8 @@ from gvjax.recipes import (
     reward,
     sft,
 )
-from gvjax.recipes.ground import (
-    KEY_SHAPE,
-    CompiledTraining,
-    Ground,
-    in_parts,
-    reward_scorer,
-    sampler,
-    scorer,
-)
+from gvjax.recipes.ground import KEY_SHAPE, CompiledTraining, Ground
+from gvjax.recipes.programs import in_parts, reward_scorer, sampler, scorer
 from gvjax.types import Params, PreferenceBatch, Rollouts, SequenceBatch
 
 

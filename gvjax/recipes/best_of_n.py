@@ -7,9 +7,10 @@ import numpy as np
 
 from gvjax import config
 from gvjax.recipes.evaluation import PolicyEvaluation, gold_of
-from gvjax.recipes.ground import completions_of, role_key, sample_all, score_all
 from gvjax.recipes.inputs import Inputs
+from gvjax.recipes.programs import sample_all, score_all
 from gvjax.recipes.rewards import make_rewards, reward_rows
+from gvjax.recipes.rows import completions_of, role_key
 from gvjax.tasks.task import Prompts
 from gvjax.types import Rollouts, SequenceBatch
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gvjax import config, distributed, sharding
-from gvjax.recipes.ground import Ground, reward_scorer, scorer
+from gvjax.recipes.ground import Ground
+from gvjax.recipes.programs import reward_scorer, scorer
 from gvjax.types import Params, PreferenceBatch, Rollouts, SequenceBatch
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}

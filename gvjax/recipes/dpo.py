@@ -9,9 +9,10 @@ from gvjax import config, losses, steps
 from gvjax.data.ahead import Ahead
 from gvjax.recipes import checks, loop, packed
 from gvjax.recipes.evaluation import evaluate_margins
-from gvjax.recipes.ground import Ground, cached, make_optimizer, rows_at
+from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.pairs import implicit_margins
+from gvjax.recipes.rows import rows_at
 
 
 def train(

@@ -5,14 +5,9 @@ import dataclasses
 import numpy as np
 from scipy import optimize, special
 
-from gvjax.recipes.ground import (
-    Ground,
-    completions_of,
-    host_sequences,
-    role_key,
-    sample_all,
-    score_all,
-)
+from gvjax.recipes.ground import Ground
+from gvjax.recipes.programs import sample_all, score_all
+from gvjax.recipes.rows import completions_of, host_sequences, role_key
 from gvjax.tasks.task import Completions, Prompts, Task
 from gvjax.types import Params
 

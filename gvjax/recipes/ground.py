@@ -1,21 +1,18 @@
-"""What every arm stands on: one network, one mesh, one token layout, one rule for random numbers and data order."""
+"""What every arm stands on: one network on one mesh, and the compiling of steps for it."""
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gvjax import config, optim, sampling, sharding, steps, tasks
+from gvjax import config, optim, sharding, steps, tasks
 from gvjax.models import (
-    decoding,
     families,
     groups,
     heads,
@@ -26,15 +23,12 @@ from gvjax.models import (
 )
 from gvjax.models.lora import LoraConfig
 from gvjax.models.transformer import ModelConfig
-from gvjax.recipes.dataset import Dataset
-from gvjax.tasks.task import Completions, Prompts, Task
+from gvjax.tasks.task import Task
 from gvjax.types import (
     LogpsFn,
     Metrics,
     Params,
     RewardFn,
-    Rollouts,
-    SequenceBatch,
     SharedPrompts,
     Step,
     TrainState,
@@ -547,247 +541,3 @@ def cached(build: Callable[..., Built]) -> Callable[..., Built]:
         return built[key]
 
     return lookup
-
-
-# Random numbers and data order: pure functions of (seed, role, step).
-
-
-def role_key(seed: int, role: str, step: int = 0) -> jax.Array:
-    """The random key of one role at one step of one seed."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(role.encode()))
-    return jax.random.fold_in(key, step)
-
-
-def role_rng(seed: int, role: str, step: int = 0) -> np.random.Generator:
-    """The host's random numbers of one role at one step of one seed."""
-    return np.random.default_rng([seed, zlib.crc32(role.encode()), step])
-
-
-def rows_at(seed: int, role: str, count: int, batch_size: int, step: int) -> np.ndarray:
-    """int64[batch_size]: the rows of step `step` when `count` rows are walked through epoch by epoch, reshuffled.
-
-    A function of its arguments alone, so a resumed run goes on exactly where it was.
-    """
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = places // count
-    order = {
-        epoch: role_rng(seed, role, int(epoch)).permutation(count)
-        for epoch in np.unique(epochs)
-    }
-    return np.array(
-        [order[epoch][place % count] for epoch, place in zip(epochs, places)]
-    )
-
-
-# Between tasks and steps.
-
-
-def demonstrations_at(
-    task: Task, seed: int, count: int, step: int
-) -> tuple[Prompts, Completions]:
-    """What SFT imitates at one step: fresh draws of a task that makes them, else the rows epoch by epoch."""
-    if isinstance(task, Dataset):
-        return task.demonstrations_of(
-            rows_at(seed, "demonstrations", len(task.demonstrated), count, step)
-        )
-    rng = role_rng(seed, "demonstrations", step)
-    prompts = task.prompts(rng, count, "train")
-    return prompts, task.demonstrations(rng, prompts)
-
-
-def sequences(prompts: Prompts, completions: Completions, pad_id: int) -> SequenceBatch:
-    """Prompts and completions in the one layout: prompt, completion, padding on the right.
-
-    Args:
-      prompts, completions: a row each.
-      pad_id: what stands behind.
-
-    Returns:
-      SequenceBatch of host arrays [B, P + C].
-    """
-    width = prompts.tokens.shape[1] + completions.tokens.shape[1]
-    places = np.arange(width)[None]
-    start = prompts.lengths[:, None]
-    inside = (places >= start) & (places < start + completions.lengths[:, None])
-    wide_prompts = np.pad(
-        prompts.tokens, ((0, 0), (0, width - prompts.tokens.shape[1]))
-    )
-    at = np.clip(places - start, 0, completions.tokens.shape[1] - 1)
-    wide_completions = np.take_along_axis(completions.tokens, at, axis=1)
-    tokens = np.where(
-        places < start, wide_prompts, np.where(inside, wide_completions, pad_id)
-    )
-    return host_sequences(tokens.astype(np.int32), inside)
-
-
-def host_sequences(tokens: Any, completion_mask: Any) -> SequenceBatch:
-    """A SequenceBatch of host arrays, which `Ground.put` places on the mesh."""
-    return SequenceBatch(tokens, completion_mask)
-
-
-def completions_of(rollouts: Rollouts, width: int) -> Completions:
-    """The sampled completions of rollouts, as a task reads them."""
-    tokens, mask = sharding.fetch((rollouts.tokens, rollouts.completion_mask))
-    start = np.where(mask.any(axis=1), mask.argmax(axis=1), tokens.shape[1])
-    at = np.clip(start[:, None] + np.arange(width), 0, tokens.shape[1] - 1)
-    return Completions(
-        np.take_along_axis(tokens, at, axis=1), mask.sum(axis=1, dtype=np.int32)
-    )
-
-
-# Programs every recipe uses.
-
-
-@cached
-def sampler(
-    ground: Ground, num_samples: int, temperature: float = 1.0
-) -> Callable[..., Rollouts]:
-    """Compiled sampling of N · num_samples rows.
-
-    Returns:
-      `(params, prompts int32[N, P], lengths int32[N], key, prompt_ids int32[N]) -> Rollouts`.
-    """
-    decode = decoding.decode_fn(ground.model, mesh=ground.mesh)
-    init_cache = functools.partial(decoding.init_cache, ground.model, mesh=ground.mesh)
-    shards = sharding.batch_shards(ground.mesh)
-
-    @jax.jit
-    def sample(params, prompts, lengths, key, prompt_ids):
-        return sampling.generate(
-            decode,
-            init_cache,
-            _decode_params(ground, params),
-            prompts,
-            lengths,
-            key,
-            max_new_tokens=ground.completion_length,
-            num_samples=num_samples,
-            eos_id=ground.eos_id,
-            pad_id=ground.pad_id,
-            temperature=temperature,
-            allow_truncated_support=temperature == 0,
-            prompt_ids=prompt_ids,
-            compact=shards if ground.compact_sampling else None,
-        )
-
-    return sample
-
-
-def _decode_params(ground: Ground, policy: Params) -> Params:
-    """A policy as decoding reads it, laid out for that."""
-    params = ground.with_adapters(policy)
-    made = decoding.decode_params(ground.model, params)
-    if not ground.gather_for_sampling:
-        return made
-    placed = jax.tree.map(
-        lambda leaf: sharding.without_fsdp(leaf.spec),
-        sharding.shardings(ground.mesh, params, ground.rules),
-    )
-    # Stacked layers have a leading axis, which those that are taken apart have not.
-    layer = jax.tree.map(
-        lambda spec: P(*spec[1:]), placed["layers"], is_leaf=lambda x: isinstance(x, P)
-    )
-    specs = {**placed, "layers": (layer,) * ground.model.num_layers}
-    return jax.tree.map(
-        lambda p, spec: jax.lax.with_sharding_constraint(
-            p, NamedSharding(ground.mesh, spec)
-        ),
-        made,
-        specs,
-    )
-
-
-@cached
-def scorer(
-    ground: Ground, group_size: int = 1
-) -> Callable[[Params, SequenceBatch], jax.Array]:
-    """Compiled scoring: `(params, SequenceBatch) -> f32[B, T]`, log-probabilities of the completion tokens.
-
-    Args:
-      group_size: rows in a row that share a prompt.
-    """
-    logps_fn = ground.group_logps_fn(group_size)
-    return jax.jit(functools.partial(steps.completion_logps, logps_fn))
-
-
-@cached
-def reward_scorer(
-    ground: Ground, pooling: heads.Pooling
-) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
-    """Compiled reward model: `(params, tokens, completion_mask) -> f32[B]`."""
-    return jax.jit(ground.reward_fn(pooling))
-
-
-def in_parts(ground: Ground, rows: int, most: int) -> list[np.ndarray]:
-    """Row numbers in parts of one size, at most about `most`, the last filled up by repeating its final row.
-
-    One shape for every call means one compiled program; the size divides over the mesh.
-    """
-    shards = sharding.batch_shards(ground.mesh)
-    parts = -(-rows // max(most, 1))
-    size = -(-rows // (parts * shards)) * shards
-    return [
-        np.minimum(np.arange(first, first + size), rows - 1)
-        for first in range(0, rows, size)
-    ]
-
-
-def sample_all(
-    ground: Ground,
-    params: Params,
-    prompts: Prompts,
-    key: jax.Array,
-    *,
-    num_samples: int = 1,
-    temperature: float = 1.0,
-) -> Rollouts:
-    """Samples for any number of prompts, in compiled parts; host arrays.
-
-    Args:
-      ground, params: the policy.
-      prompts: any number of rows.
-      key: consumed; each prompt's draws come from its row number, whatever the parts.
-      num_samples: completions per prompt.
-      temperature: >= 0; only samples drawn at 1 are the policy's own, for a loss that learns from those.
-    """
-    sample = sampler(ground, num_samples, temperature)
-    made = []
-    for rows in in_parts(ground, len(prompts), ground.rows_per_call // num_samples):
-        placed = ground.put((prompts.tokens[rows], prompts.lengths[rows], rows))
-        rollouts = sample(params, *placed[:2], key, placed[2])
-        made.append(sharding.fetch(rollouts))
-    joined = jax.tree.map(lambda *parts: np.concatenate(parts), *made)
-    return jax.tree.map(lambda rows: rows[: len(prompts) * num_samples], joined)
-
-
-def score_all(ground: Ground, params: Params, batch: SequenceBatch) -> np.ndarray:
-    """f32[B]: summed log-probability of each completion, for any number of rows, nats."""
-    return _in_parts(
-        ground,
-        lambda rows: jnp.sum(scorer(ground)(params, rows), axis=1),
-        batch,
-    )
-
-
-def reward_all(
-    ground: Ground,
-    pooling: heads.Pooling,
-    params: Params,
-    batch: SequenceBatch,
-) -> np.ndarray:
-    """f32[B]: the reward model's reward of each completion, for any number of rows."""
-    score = reward_scorer(ground, pooling)
-    return _in_parts(
-        ground,
-        lambda rows: score(params, rows.tokens, rows.completion_mask),
-        batch,
-    )
-
-
-def _in_parts(ground, function, batch: SequenceBatch) -> np.ndarray:
-    count = len(batch.tokens)
-    made = []
-    for rows in in_parts(ground, count, ground.rows_per_call):
-        some = SequenceBatch(batch.tokens[rows], batch.completion_mask[rows])
-        made.append(sharding.fetch(function(ground.put(some))))
-    return np.concatenate(made)[:count]

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from gvjax import config, losses, steps
 from gvjax.masked import Mean
 from gvjax.recipes import checks, dpo, loop
-from gvjax.recipes.ground import Ground, cached, make_optimizer, rows_at, scorer
+from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
+from gvjax.recipes.programs import scorer
 from gvjax.recipes.rounds import Sampling, draw
+from gvjax.recipes.rows import rows_at
 from gvjax.types import (
     LogpsFn,
     Objective,

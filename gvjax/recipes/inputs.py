@@ -7,15 +7,11 @@ import numpy as np
 
 from gvjax.models import lora
 from gvjax.recipes.evaluation import PolicyEvaluation, evaluate_policy
-from gvjax.recipes.ground import (
-    Ground,
-    reward_all,
-    role_key,
-    rows_at,
-    sequences,
-)
+from gvjax.recipes.ground import Ground
 from gvjax.recipes.pairs import Pairs
+from gvjax.recipes.programs import reward_all
 from gvjax.recipes.rewards import RewardModel
+from gvjax.recipes.rows import role_key, rows_at, sequences
 from gvjax.tasks.task import Prompts, Task
 from gvjax.types import Params
 

@@ -10,8 +10,9 @@ from gvjax import config
 from gvjax.data.batches import Batches, Examples, LengthPolicy, examples_of
 from gvjax.data.schema import DemonstrationRow, PreferenceRow, Row
 from gvjax.recipes.dataset import Dataset
-from gvjax.recipes.ground import Ground, role_rng
+from gvjax.recipes.ground import Ground
 from gvjax.recipes.pairs import Pairs
+from gvjax.recipes.rows import role_rng
 from gvjax.tasks.task import Completions, Prompts, Task
 
 

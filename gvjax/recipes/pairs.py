@@ -10,17 +10,16 @@ import numpy as np
 from gvjax import sharding
 from gvjax.recipes.dataset import Dataset
 from gvjax.recipes.evaluation import gold_of
-from gvjax.recipes.ground import (
-    Ground,
+from gvjax.recipes.ground import Ground
+from gvjax.recipes.programs import sample_all, score_all
+from gvjax.recipes.reference import score_once
+from gvjax.recipes.rows import (
     completions_of,
     host_sequences,
     role_key,
     role_rng,
-    sample_all,
-    score_all,
     sequences,
 )
-from gvjax.recipes.reference import score_once
 from gvjax.tasks.task import Completions, Prompts, Task, preference_labels
 from gvjax.types import Params, PreferenceBatch, SequenceBatch
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from gvjax import advantages, config, logps, losses, masked, steps
 from gvjax.recipes import loop
-from gvjax.recipes.ground import Ground, cached, make_optimizer, scorer
+from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
+from gvjax.recipes.programs import scorer
 from gvjax.recipes.rounds import Sampler, Sampling
 from gvjax.types import PolicyBatch, Rollouts, SequenceBatch
 

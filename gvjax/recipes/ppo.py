@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from gvjax import advantages, config, masked, steps
 from gvjax.models import heads
 from gvjax.recipes import checks, loop
-from gvjax.recipes.ground import Ground, cached, make_optimizer, role_key, scorer
+from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.policy_gradient import rollout_metrics
+from gvjax.recipes.programs import scorer
 from gvjax.recipes.rounds import Sampler, Sampling
+from gvjax.recipes.rows import role_key
 from gvjax.types import ActorCriticBatch, Params, Rollouts, SequenceBatch
 
 

@@ -26,7 +26,7 @@ from gvjax.data import (
 from gvjax.data.batches import Examples, LengthPolicy, encode_rows
 from gvjax.models import heads, hf, weights
 from gvjax.recipes.dataset import Dataset, Judge, RowPrompts, Table
-from gvjax.recipes.ground import sequences
+from gvjax.recipes.rows import sequences
 from gvjax.tasks.task import Completions, Prompts, Split
 
 logger = logging.getLogger(__name__)

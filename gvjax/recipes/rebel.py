@@ -12,10 +12,11 @@ import jax.numpy as jnp
 
 from gvjax import config, losses, masked, steps
 from gvjax.recipes import checks, loop
-from gvjax.recipes.ground import Ground, cached, make_optimizer, scorer
+from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.online_dpo import rollout_pairs
 from gvjax.recipes.policy_gradient import rollout_metrics
+from gvjax.recipes.programs import scorer
 from gvjax.recipes.rounds import Sampler, Sampling
 from gvjax.types import PreferenceBatch, Rollouts, SequenceBatch
 

@@ -15,7 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gvjax import checkpoint, distributed
-from gvjax.recipes.ground import Ground, score_all
+from gvjax.recipes.ground import Ground
+from gvjax.recipes.programs import score_all
 from gvjax.types import Params, SequenceBatch
 
 logger = logging.getLogger(__name__)

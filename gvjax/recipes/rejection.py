@@ -10,8 +10,9 @@ import numpy as np
 from gvjax import config, steps
 from gvjax.recipes import checks, loop
 from gvjax.recipes.best_of_n import winners
-from gvjax.recipes.ground import Ground, cached, make_optimizer, rows_at
+from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
+from gvjax.recipes.rows import rows_at
 from gvjax.types import SequenceBatch
 
 

@@ -8,16 +8,11 @@ from gvjax import config, steps
 from gvjax.data.ahead import Ahead
 from gvjax.recipes import checks, loop, packed
 from gvjax.recipes.evaluation import ScorerEvaluation, evaluate_margins
-from gvjax.recipes.ground import (
-    Ground,
-    cached,
-    make_optimizer,
-    reward_all,
-    role_key,
-    rows_at,
-)
+from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.pairs import Pairs
+from gvjax.recipes.programs import reward_all
+from gvjax.recipes.rows import role_key, rows_at
 from gvjax.types import Params
 
 

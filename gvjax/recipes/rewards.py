@@ -11,7 +11,9 @@ import numpy as np
 from gvjax import config, sharding
 from gvjax.judges.verifier import Verifier
 from gvjax.models.heads import Pooling
-from gvjax.recipes.ground import Ground, completions_of, in_parts, reward_scorer
+from gvjax.recipes.ground import Ground
+from gvjax.recipes.programs import in_parts, reward_scorer
+from gvjax.recipes.rows import completions_of
 from gvjax.tasks.task import Prompts, Task
 from gvjax.types import Params, Rollouts
 

@@ -8,10 +8,11 @@ import numpy as np
 
 from gvjax import config
 from gvjax.recipes import checks
-from gvjax.recipes.ground import role_key, sampler
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.loop import Clock
+from gvjax.recipes.programs import sampler
 from gvjax.recipes.rewards import make_sources, summed
+from gvjax.recipes.rows import role_key
 from gvjax.tasks.task import Prompts
 from gvjax.types import Metrics, Params, Rollouts
 

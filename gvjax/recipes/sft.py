@@ -6,14 +6,8 @@ from gvjax import config, steps
 from gvjax.data.ahead import Ahead
 from gvjax.models import lora
 from gvjax.recipes import checks, loop, packed
-from gvjax.recipes.ground import (
-    Ground,
-    cached,
-    demonstrations_at,
-    make_optimizer,
-    role_key,
-    sequences,
-)
+from gvjax.recipes.ground import Ground, cached, make_optimizer
+from gvjax.recipes.rows import demonstrations_at, role_key, sequences
 from gvjax.tasks.task import Task
 from gvjax.types import SequenceBatch
 

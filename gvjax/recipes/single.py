@@ -28,18 +28,12 @@ from gvjax.recipes import (
 )
 from gvjax.recipes.dataset import Dataset
 from gvjax.recipes.evaluation import PolicyEvaluation, evaluate_policy, gold_of
-from gvjax.recipes.ground import (
-    Ground,
-    completions_of,
-    ground_of,
-    role_key,
-    role_rng,
-    sample_all,
-    task_of,
-)
+from gvjax.recipes.ground import Ground, ground_of, task_of
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.pairs import Pairs, labelled_pairs
+from gvjax.recipes.programs import sample_all
 from gvjax.recipes.rewards import RewardModel
+from gvjax.recipes.rows import completions_of, role_key, role_rng
 from gvjax.tasks.task import Prompts, Task
 from gvjax.types import Params
 

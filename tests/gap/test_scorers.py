@@ -7,9 +7,10 @@ import pytest
 from gvjax import config, sharding, tasks
 from gvjax.gap import scorers
 from gvjax.recipes import loop
-from gvjax.recipes.ground import ground_of, role_key, role_rng
+from gvjax.recipes.ground import ground_of
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.pairs import sampled_pairs
+from gvjax.recipes.rows import role_key, role_rng
 
 MODEL = {
     "embed_dim": 16,

@@ -15,7 +15,9 @@ from gvjax.models import heads, transformer
 from gvjax.models.transformer import ModelConfig
 from gvjax.plan import hlo
 from gvjax.recipes import dpo, online_dpo, policy_gradient, ppo, reward, sft, single
-from gvjax.recipes.ground import Ground, ground_of, role_key, sampler, scorer
+from gvjax.recipes.ground import Ground, ground_of
+from gvjax.recipes.programs import sampler, scorer
+from gvjax.recipes.rows import role_key
 from gvjax.tasks.tour import Tour
 from gvjax.types import PreferenceBatch, Rollouts, SequenceBatch
 

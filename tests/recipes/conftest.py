@@ -8,10 +8,11 @@ from kept_runs import make_run
 
 from gvjax import config, sharding
 from gvjax.recipes import reward, sft
-from gvjax.recipes.ground import ground_of, role_rng
+from gvjax.recipes.ground import ground_of
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.pairs import sampled_pairs
 from gvjax.recipes.rewards import RewardModel
+from gvjax.recipes.rows import role_rng
 from gvjax.tasks.tour import Tour
 
 MODEL = {"embed_dim": 32, "num_layers": 1, "num_heads": 2, "mlp_dim": 64}

@@ -19,8 +19,10 @@ from gvjax.__main__ import main
 from gvjax.models import hf, transformer
 from gvjax.models.transformer import ModelConfig
 from gvjax.recipes import export, ground, single
-from gvjax.recipes.ground import ground_of, reward_all, score_all, sequences, task_of
+from gvjax.recipes.ground import ground_of, task_of
 from gvjax.recipes.pairs import labelled_pairs
+from gvjax.recipes.programs import reward_all, score_all
+from gvjax.recipes.rows import sequences
 from gvjax.tasks.task import Completions, Prompts
 
 SAMPLES = pathlib.Path(__file__).parent.parent / "data" / "samples"

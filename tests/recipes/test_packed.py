@@ -12,9 +12,11 @@ from gvjax.data.tokenizer import ByteTokenizer
 from gvjax.models.transformer import ModelConfig
 from gvjax.recipes import dpo, packed, reward, sft, single
 from gvjax.recipes.dataset import Dataset, Table
-from gvjax.recipes.ground import Ground, role_key, score_all
+from gvjax.recipes.ground import Ground
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.pairs import Pairs
+from gvjax.recipes.programs import score_all
+from gvjax.recipes.rows import role_key
 from gvjax.tasks.task import Completions, Prompts
 
 # Prompts so long that pairs which are not packed share them.

@@ -29,9 +29,10 @@ from gvjax.recipes import (
     sft,
 )
 from gvjax.recipes.evaluation import evaluate_policy
-from gvjax.recipes.ground import role_key, score_all
 from gvjax.recipes.pairs import sampled_pairs
+from gvjax.recipes.programs import score_all
 from gvjax.recipes.rewards import make_rewards, reward_rows
+from gvjax.recipes.rows import role_key
 from gvjax.types import PreferenceBatch, Rollouts, SequenceBatch
 
 GOLD = config.RewardSources(reward_model=0.0, verifier=config.VerifierSection())

@@ -10,7 +10,8 @@ import pytest
 from gvjax import sharding
 from gvjax.models.transformer import ModelConfig
 from gvjax.recipes import reference
-from gvjax.recipes.ground import Ground, role_key
+from gvjax.recipes.ground import Ground
+from gvjax.recipes.rows import role_key
 from gvjax.types import SequenceBatch
 
 MODEL = ModelConfig(vocab_size=16, embed_dim=8, num_layers=1, num_heads=2, mlp_dim=16)
