@@ -85,7 +85,10 @@ def test_what_the_user_asks_of_a_gpu_stands():
 
 
 def test_freed_memory_is_kept_for_the_next_step():
-    """A program with 64 MB of temporary memory: its third run finds them where the second left them."""
+    """A program with 64 MB of temporary memory: later runs find them where the second left them.
+
+    The least of three, since a busy machine may take pages away meanwhile.
+    """
     code = """
 import resource, sys
 import jax, jax.numpy as jnp
@@ -94,10 +97,12 @@ if sys.argv[1:]:
     runtime.configure(keep_programs=False)
 program = jax.jit(lambda x: jnp.cos(x @ x.T) @ x)
 x = jnp.zeros((2**12, 8))
-for _ in range(3):
+faults = []
+for _ in range(5):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     program(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[2:]))
 """
     environment = {
         name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ
