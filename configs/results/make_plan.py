@@ -95,7 +95,7 @@ def table(plans: dict) -> str:
         "Made by `python configs/results/make_plan.py`, at O0, with nothing but CPUs; see [plan.json](plan.json) for every",
         "program's bytes, operations and collectives.",
         "",
-        f"{compiled} of {len(MODELS) * len(MACHINES) * len(RECIPES)} plans compiled so far; the same command goes on.",
+        f"{compiled} of {len(MODELS) * len(MACHINES) * len(RECIPES)} plans are compiled; where some are missing, the same command goes on.",
         "",
         f"| model | on | usable | {' | '.join(RECIPES)} |",
         f"|---|---|---|{'---|' * len(RECIPES)}",
