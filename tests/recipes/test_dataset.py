@@ -18,11 +18,11 @@ from gvjax import config, sharding
 from gvjax.__main__ import main
 from gvjax.models import hf, transformer
 from gvjax.models.transformer import ModelConfig
-from gvjax.recipes import export, ground, single
+from gvjax.recipes import export, single
 from gvjax.recipes.ground import ground_of, task_of
 from gvjax.recipes.pairs import labelled_pairs
 from gvjax.recipes.programs import reward_all, score_all
-from gvjax.recipes.rows import sequences
+from gvjax.recipes.rows import demonstrations_at, sequences
 from gvjax.tasks.task import Completions, Prompts
 
 SAMPLES = pathlib.Path(__file__).parent.parent / "data" / "samples"
@@ -210,7 +210,7 @@ def test_sft_walks_the_rows_epoch_by_epoch(task):
     count = len(task.demonstrated)
     seen = np.concatenate(
         [
-            ground.demonstrations_at(task, 3, 8, step)[0].lengths
+            demonstrations_at(task, 3, 8, step)[0].lengths
             for step in range(2 * count // 8)
         ]
     )
@@ -329,7 +329,7 @@ def test_training_adapters_leaves_the_policy_where_it_lies(task, write, place):
     state = compiled.start(adapters)
     small = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
     assert policy["embed"]["embedding"].shape not in small
-    rows = ground.demonstrations_at(task, 0, 4, 0)
+    rows = demonstrations_at(task, 0, 4, 0)
     batch = footing.put(sequences(*rows, task.pad_id))
     pointer = policy["embed"]["embedding"].unsafe_buffer_pointer()
     for _ in range(2):
