@@ -209,7 +209,7 @@ def run_lines(lines, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_examples_take_two_steps_one_after_the_other(tmp_path):
     found = {path.stem: path for path in sorted((ROOT / "tour").glob("*.yaml"))}
     # Those that others start from come first.

@@ -357,10 +357,9 @@ def test_rows_that_have_ended_are_run_no_more(compact, batches):
     assert calls == batches
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_leaving_out_what_has_ended_changes_nothing(params, temperature):
+def test_leaving_out_what_has_ended_changes_nothing(params):
     prompts, lengths = jnp.tile(PROMPTS, (4, 1)), jnp.tile(LENGTHS, 4)
-    settings = {"max_new_tokens": 40, "temperature": temperature}
+    settings = {"max_new_tokens": 40, "temperature": 0.5}
     whole = sample(params, prompts, lengths, **settings)
     alone = sample(params, prompts, lengths, **settings, compact=2)
     counts = np.sort(whole.completion_mask.sum(axis=1))

@@ -170,7 +170,14 @@ def assert_same(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        # Every axis at once; one at a time where asked for.
+        mesh if mesh == "2x2x2" else pytest.param(mesh, marks=pytest.mark.exhaustive)
+        for mesh in MESHES
+    ],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_three_steps_are_the_same_as_on_one_device(name, mesh):
     losses, _ = expected = on_one_device(name)

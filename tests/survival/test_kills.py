@@ -78,7 +78,7 @@ def assert_gone(pids: list[int]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_study_killed_within_and_between_stages_has_the_same_numbers(
     preloaded, study

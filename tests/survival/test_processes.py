@@ -77,7 +77,7 @@ def assert_same_losses(found: pathlib.Path, expected: pathlib.Path, recipes) -> 
         )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_roads_of_two_processes_have_the_losses_of_one(preloaded, pair, alone):
     # Its first run is there already.
     command = chain(ROADS, "pair", "mesh.fsdp=2")
