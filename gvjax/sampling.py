@@ -169,9 +169,9 @@ def generate(
             return some["out"]
         # Nobody is left behind: at most so many live, or every completion has all its tokens.
         kept = jnp.argsort(~some["live"], stable=True)[:fewer]
-        others = {**some, "uniforms": some["uniforms"].T}
+        others = {**some, "uniforms": None}
         others = jax.tree.map(lambda x: x[kept] if jnp.ndim(x) else x, others)
-        others["uniforms"] = others["uniforms"].T
+        others["uniforms"] = some["uniforms"][:, kept]
         ends = completed(step, others, [max_new_tokens], numbers)
         return jax.tree.map(lambda x, end: x.at[kept].set(end), some["out"], ends)
 

@@ -254,7 +254,8 @@ def share_compiled_programs(store: Store) -> None:
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         cache = str(store.root / "compiled")
         jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        _, least = runtime.KEPT_FROM
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", float(least))
 
 
 NOTED_EVERY = 1.0

@@ -225,9 +225,7 @@ def test_matrices_may_be_gathered_once_for_sampling():
 @pytest.mark.slow
 def test_completions_that_have_ended_may_be_left_out():
     """On four shards of rows, in numbers that they divide; the same ones are drawn."""
-    whole = dataclasses.replace(
-        ground_on((2, 2, 2)), eos_id=5, completion_length=24, prompt_length=PROMPT
-    )
+    whole = dataclasses.replace(ground_on((2, 2, 2)), eos_id=5, completion_length=24)
     compact = dataclasses.replace(whole, compact_sampling=True)
     found, expected = sample_on(compact), sample_on(whole)
     counts = np.sort(expected.completion_mask.sum(axis=1))
