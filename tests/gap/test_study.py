@@ -224,7 +224,10 @@ def test_two_at_once_are_refused(where, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_stops_all_of_it_without_a_traceback(where, tmp_path):
+    # Where the tests themselves run in a shell's background, Ctrl-C is ignored, and would be by what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(tmp_path, "stopped", TOY, "workers=2")
+    signal.signal(signal.SIGINT, before)
     process.stdout.readline()
     while not (tmp_path / "stopped" / "stages" / "started").exists():
         time.sleep(0.1)
