@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -426,9 +427,12 @@ def _work(number, core, tasks, news, store, perform) -> None:
         # Before jax makes its thread pool: one thread on one core wastes nothing on waiting for the others.
         os.sched_setaffinity(0, {core})
     # Where programs are kept is the leader's to say.
-    runtime.configure(keep_programs=False)
+    runtime.configure(keep_programs=False, one_arena=False)
     share_compiled_programs(store)
     while True:
+        # What is left by now, modules and compiled programs, stays: later collections need not look at it.
+        gc.collect()
+        gc.freeze()
         stage = tasks.get()
         latest = 0.0
 
