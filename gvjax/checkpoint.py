@@ -684,12 +684,23 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding:
     return sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
+_ON_HOST = 2**22
+"""Elements up to which an array in a CPU's memory is digested without a program, whose compiling would take longer."""
+
+
 def _digests(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
     # One program per set of devices: jit takes no arguments from several.
     groups: dict[Any, dict[str, jax.Array]] = collections.defaultdict(dict)
-    for key, leaf in leaves.items():
-        groups[frozenset(leaf.sharding.device_set)][key] = leaf
     sums: dict[str, int] = {}
+    for key, leaf in leaves.items():
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        devices: Any = leaf.sharding.device_set
+        near = all(device.platform == "cpu" for device in devices)
+        if near and leaf.is_fully_addressable and leaf.size <= _ON_HOST:
+            sums[key] = int(_digest(np.asarray(leaf), np))
+        else:
+            groups[frozenset(devices)][key] = leaf
     for group in groups.values():
         found = jax.device_get(_digest_all(list(group.values())))
         sums.update((key, int(each)) for key, each in zip(group, found))
@@ -698,33 +709,33 @@ def _digests(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
 
 @jax.jit
 def _digest_all(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [_digest(array) for array in arrays]
+    return [_digest(array, jnp) for array in arrays]
 
 
-def _digest(array: jax.Array) -> jax.Array:
-    """uint32[]: see `digests`."""
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
+def _digest(array: Any, xp: Any) -> Any:
+    """uint32[]: see `digests`; `xp` is numpy or jax.numpy, whichever has made the array."""
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        array = jnp.stack([array.real, array.imag], axis=-1)
+        array = xp.stack([array.real, array.imag], axis=-1)
+    # A scalar is no array to numpy, which warns where a scalar's product wraps around.
+    array = array.reshape(array.shape or (1,))
     bits = 1 if array.dtype == bool else _bits(array.dtype)
     if bits < 8:
-        words = array.astype(jnp.int32).astype(jnp.uint32)
+        words = array.astype(np.int32).astype(np.uint32)
     elif bits == 64:
-        words = jax.lax.bitcast_convert_type(array, jnp.uint32)
+        words = array[..., None].view(np.uint32)
     else:
-        unsigned = jnp.dtype(f"uint{bits}")
-        words = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-    index, stride = jnp.zeros(words.shape, jnp.uint32), 1
+        words = array.view(f"uint{bits}").astype(np.uint32)
+    index, stride = xp.zeros((1,) * words.ndim, np.uint32), 1
     for axis in reversed(range(words.ndim)):
-        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        index = index + along * jnp.uint32(stride % 2**32)
+        along = xp.arange(words.shape[axis], dtype=np.uint32)
+        along = along.reshape([-1 if each == axis else 1 for each in range(words.ndim)])
+        index = index + along * np.uint32(stride % 2**32)
         stride *= words.shape[axis]
     # The finaliser of MurmurHash3: a bijection, so two contents of one element never meet.
-    mixed = words ^ (index * jnp.uint32(0x9E3779B1))
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+    mixed = words ^ (index * np.uint32(0x9E3779B1))
+    mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
+    return xp.sum(mixed ^ (mixed >> 16), dtype=np.uint32)
 
 
 def _bits(dtype: Any) -> int:

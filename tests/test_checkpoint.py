@@ -19,7 +19,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gvjax import sharding
+from gvjax import checkpoint, sharding
 from gvjax.checkpoint import (
     CheckpointError,
     CheckpointMismatch,
@@ -195,6 +195,27 @@ def test_digests_do_not_depend_on_the_mesh_and_see_every_bit():
     for dtype in dtypes:
         zero, one = jnp.zeros(4, dtype), jnp.array([0, 0, 1, 0], dtype)
         assert digests({"x": zero}) != digests({"x": one})
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [bool, np.int8, jnp.int4, jnp.bfloat16, np.float16, np.float32, np.complex64],
+)
+@pytest.mark.parametrize("shape", [(), (5,), (0, 3), (3, 4, 2)])
+def test_small_arrays_are_digested_on_the_host_as_large_ones_by_a_program(
+    dtype, shape, monkeypatch
+):
+    values = np.random.default_rng(0).integers(-3, 4, shape)
+    state = {"x": jnp.asarray(values, dtype), "key": jax.random.key(3)}
+    on_host = digests(state)
+    monkeypatch.setattr(checkpoint, "_ON_HOST", -1)
+    assert digests(state) == on_host
+
+
+def test_a_digest_is_what_it_was():
+    """Checkpoints that lie on disk have been digested with it."""
+    values = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
+    assert digests({"x": values}) == {"x": 3516072793}
 
 
 def flip_a_stored_bit(step_directory: pathlib.Path, array: np.ndarray) -> None:
