@@ -88,14 +88,14 @@ class ChunkedTest(chex.TestCase):
 
 
 class ScoredTest(parameterized.TestCase):
-    """320 · 2 positions are cut into two pieces, or with a chunk size into more."""
+    """The logits of 320 · 2 positions are cut into two pieces, or with a chunk size into more."""
 
     def setUp(self):
         super().setUp()
         rng = np.random.default_rng(0)
         self.hidden = jnp.asarray(rng.normal(size=(2, 321, 4)), jnp.float32)
-        self.unembed = jnp.asarray(rng.normal(size=(4, 7)), jnp.float32)
-        self.tokens = jnp.asarray(rng.integers(0, 7, (2, 321)), jnp.int32)
+        self.unembed = jnp.asarray(rng.normal(size=(4, 900)), jnp.float32)
+        self.tokens = jnp.asarray(rng.integers(0, 900, (2, 321)), jnp.int32)
         self.weights = jnp.asarray(rng.normal(size=(2, 321)), jnp.float32)
 
     def gradients(self, scored, **options):
