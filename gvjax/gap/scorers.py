@@ -147,6 +147,7 @@ def train(
         pairs = pairs.swapped(rng.random(len(pairs)) < 0.5)
         # Chosen on true labels, the luckiest of its checkpoints would be worth something.
         heldout = heldout.swapped(rng.random(len(heldout)) < 0.5)
+    batch_of = pairs.batches(ground.pad_id)
     compiled, schedule = _program(
         ground, kind, section.beta, pooling_of(kind, section), section.steps, learning_rate
     )  # fmt: skip
@@ -159,7 +160,7 @@ def train(
         rows = rows_at(
             inputs.seed, "scorer order", len(pairs), section.batch_size, round_
         )
-        return compiled.step(state, ground.put(pairs.batch(rows, ground.pad_id)))
+        return compiled.step(state, ground.put(batch_of(rows)))
 
     def evaluate(params):
         scorer = trained_scorer(kind, section, ground, params, inputs.policy)

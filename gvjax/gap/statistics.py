@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 Array = npt.NDArray[np.float64]
 Prompts = Literal["crossed", "nested"]
@@ -87,19 +87,19 @@ class Estimate:
         df, critical = self.degrees_of_freedom, self._quantile((1 + level) / 2)
 
         def shortfall(noncentrality: float) -> float:
-            return float(stats.nct.sf(critical, df, noncentrality)) - power
+            return float(1 - special.nctdtr(df, noncentrality, critical)) - power
 
         root = optimize.brentq(shortfall, 0.0, 10 * critical + 10)
         return float(root) * self.standard_error
 
     def _quantile(self, probability: float) -> float:
-        return float(stats.t.ppf(probability, self.degrees_of_freedom))
+        return float(special.stdtrit(self.degrees_of_freedom, probability))
 
     def _tail(self, distance: float) -> float:
         if not self.standard_error:
             return 0.5 if distance == 0 else float(distance < 0)
         return float(
-            stats.t.sf(distance / self.standard_error, self.degrees_of_freedom)
+            special.stdtr(self.degrees_of_freedom, -distance / self.standard_error)
         )
 
 
@@ -260,7 +260,7 @@ def wilson_interval(
         raise ValueError(
             f"{successes} successes in {trials} trials; need trials >= 1 and 0 <= successes <= trials"
         )
-    z = float(stats.norm.ppf((1 + level) / 2))
+    z = float(special.ndtri((1 + level) / 2))
     share = successes / trials
     centre = share + z**2 / (2 * trials)
     half = z * (share * (1 - share) / trials + z**2 / (4 * trials**2)) ** 0.5

@@ -458,6 +458,12 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
 
 def init_shapes(config: ModelConfig) -> Params:
     """The parameters as jax.ShapeDtypeStructs; nothing is allocated."""
+    # Every caller has dicts of its own.
+    return jax.tree.map(lambda shape: shape, _init_shapes(config))
+
+
+@functools.lru_cache
+def _init_shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init(jax.random.key(0), config))
 
 

@@ -31,6 +31,7 @@ def train(
       select: `best` keeps the checkpoint with the highest gold reward on validation prompts, `last` the last.
     """
     ground, pairs = inputs.ground, inputs.required_pairs()
+    batch_of = pairs.batches(ground.pad_id)
     compiled, schedule = program(ground, settings)
     state = compiled.start(inputs.trained)
 
@@ -38,7 +39,7 @@ def train(
         rows = rows_at(
             inputs.seed, "pair order", len(pairs), settings.batch_size, round_
         )
-        return pairs.batch(rows, ground.pad_id)
+        return batch_of(rows)
 
     feed = Ahead(batch_at, stop=settings.steps)
     if settings.packed_length is not None:

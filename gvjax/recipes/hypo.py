@@ -46,6 +46,7 @@ def train(
       select: see `dpo.train`.
     """
     ground, pairs = inputs.ground, inputs.required_pairs()
+    batch_of = pairs.batches(ground.pad_id)
     compiled, schedule = program(ground, settings)
     state = compiled.start(inputs.trained)
     plan = Sampling("hypo", settings.on_policy_prompts, 1)
@@ -54,7 +55,7 @@ def train(
         rows = rows_at(
             inputs.seed, "pair order", len(pairs), settings.batch_size, round_
         )
-        return pairs.batch(rows, ground.pad_id)
+        return batch_of(rows)
 
     def advance(state, round_):
         rollouts, _ = draw(inputs, plan, inputs.policy_of(state.params), round_)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -78,15 +79,12 @@ class Pairs:
         }
         return dataclasses.replace(self, **turned)
 
-    def batch(self, rows, pad_id: int) -> PreferenceBatch:
-        """Some pairs as a batch of host arrays, reference log-probabilities included."""
-        some: Any = self.take(rows)
-        return PreferenceBatch(
-            chosen=sequences(some.prompts, some.chosen, pad_id),
-            rejected=sequences(some.prompts, some.rejected, pad_id),
-            ref_chosen_logps=some.ref_chosen_logps,
-            ref_rejected_logps=some.ref_rejected_logps,
-        )
+    def batches(self, pad_id: int) -> Callable[[np.ndarray], PreferenceBatch]:
+        """From row numbers to a batch of host arrays, reference log-probabilities included; sequences are laid out once."""
+        chosen, rejected = self.sequences(pad_id)
+        logps: Any = (self.ref_chosen_logps, self.ref_rejected_logps)
+        whole = PreferenceBatch(chosen, rejected, *logps)
+        return lambda rows: jax.tree.map(lambda leaf: leaf[rows], whole)
 
     def sequences(self, pad_id: int) -> tuple[SequenceBatch, SequenceBatch]:
         """(chosen, rejected) sequences of all pairs."""

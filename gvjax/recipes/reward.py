@@ -27,6 +27,7 @@ def train(
       run: where it is kept.
     """
     ground, pairs = inputs.ground, inputs.required_pairs()
+    batch_of = pairs.batches(ground.pad_id)
     compiled, schedule = program(ground, settings)
     params = ground.init_reward_model(
         role_key(inputs.seed, "reward head"),
@@ -38,7 +39,7 @@ def train(
         rows = rows_at(
             inputs.seed, "reward order", len(pairs), settings.batch_size, round_
         )
-        return pairs.batch(rows, ground.pad_id)
+        return batch_of(rows)
 
     feed = Ahead(batch_at, stop=settings.steps)
     if settings.packed_length is not None:
