@@ -1,6 +1,7 @@
 """The command line: `gvjax gap`, `compare`, `run`, `sample`, `eval`, `export`, `import`, `data`, `puzzles`, `plan`, `verify`, `bench`."""
 
 import argparse
+import gc
 import logging
 import sys
 import traceback
@@ -96,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from gvjax import commands, distributed
 
+    # What was imported stays: no later collection need look at it.
+    gc.freeze()
     code = _done(commands, parsed)
     if distributed.joined() and code not in (OK, PREEMPTED):
         # At once: the others may be waiting for this process in a collective.
