@@ -18,7 +18,8 @@ from gvjax.bench.timing import Work
 from gvjax.checkpoint import Checkpoints
 from gvjax.data import schema, sources
 from gvjax.data.ahead import Ahead
-from gvjax.data.batches import Batches, Examples, LengthPolicy, encode_rows
+from gvjax.data.batches import Batches
+from gvjax.data.examples import Examples, LengthPolicy, encode_rows
 from gvjax.data.tokenizer import ByteTokenizer
 from gvjax.models import cost, decoding, heads
 from gvjax.recipes import dpo, online_dpo, policy_gradient, ppo, reward, sft

@@ -35,7 +35,7 @@ class RowsSection(Section):
     """Rows of a dataset and the splits they are taken from.
 
     Attributes:
-      source: a name of `gvjax.data.sources.SOURCES` (hh_rlhf, ultrafeedback_binarized, tldr_preference, gsm8k, jsonl, ...),
+      source: a name of `gvjax.data.upstream.SOURCES` (hh_rlhf, ultrafeedback_binarized, tldr_preference, gsm8k, jsonl, ...),
         or tfds:NAME for a prepared dataset.
       path: the upstream file, or a folder with a file for each split.
       train, validation, test: splits, each a name with an optional slice, as test[:50%].

@@ -10,7 +10,8 @@ import rich.table
 import rich.text
 
 from gvjax.data import schema
-from gvjax.data.batches import Batches, Examples, PromptBatch
+from gvjax.data.batches import Batches, PromptBatch
+from gvjax.data.examples import Examples
 from gvjax.data.schema import FaultReport, PreferenceRow, UnpairedRow
 from gvjax.data.sources import Rows
 from gvjax.data.tokenizer import TextTokenizer

@@ -7,7 +7,8 @@ sequences share a row is fixed, the order of the rows is new in every epoch.
 import numpy as np
 
 from gvjax import config
-from gvjax.data.batches import Batches, Examples, LengthPolicy, examples_of
+from gvjax.data.batches import Batches
+from gvjax.data.examples import Examples, LengthPolicy, examples_of
 from gvjax.data.schema import DemonstrationRow, PreferenceRow, Row
 from gvjax.recipes.dataset import Dataset
 from gvjax.recipes.ground import Ground

@@ -23,7 +23,7 @@ from gvjax.data import (
     templates,
     tokenizer,
 )
-from gvjax.data.batches import Examples, LengthPolicy, encode_rows
+from gvjax.data.examples import Examples, LengthPolicy, encode_rows
 from gvjax.models import heads, hf, weights
 from gvjax.recipes.dataset import Dataset, Judge, RowPrompts, Table
 from gvjax.recipes.rows import sequences

@@ -6,9 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from gvjax.data import batches as module
 from gvjax.data import packing, schema, sources
-from gvjax.data.batches import Batches, LengthPolicy, PromptBatch, encode_row
+from gvjax.data.batches import Batches, PromptBatch, process_rows
+from gvjax.data.examples import LengthPolicy, encode_row, encode_rows
 from gvjax.data.schema import (
     DemonstrationRow,
     Message,
@@ -16,6 +16,7 @@ from gvjax.data.schema import (
     PromptRow,
     UnpairedRow,
 )
+from gvjax.data.templates import ChatTemplate
 from gvjax.data.tokenizer import ByteTokenizer
 
 WIDE = LengthPolicy((512,))
@@ -61,7 +62,7 @@ BUCKETS = LengthPolicy((16, 32, 64))
 
 
 def encoded(rows, lengths=BUCKETS, tokenizer=None, **options):
-    return module.encode_rows(rows, tokenizer or ByteTokenizer(), lengths, **options)
+    return encode_rows(rows, tokenizer or ByteTokenizer(), lengths, **options)
 
 
 def leaves(batch):
@@ -154,7 +155,7 @@ def test_truncation_at_a_newline_keeps_the_last_line():
             PromptRow((Message("user", "a" * 20),)),
             ByteTokenizer(),
             LengthPolicy((12,), prompt_truncation="newline"),
-            module.ChatTemplate("{{ messages[0].content }}"),
+            ChatTemplate("{{ messages[0].content }}"),
         )
 
 
@@ -396,7 +397,7 @@ def test_processes_make_the_rows_of_one_batch(make, processes):
     for step in (0, 9):
         parts = [
             Batches(examples, batch_size=8, seed=3).batch_at(
-                step, module.process_rows(8, index, processes)
+                step, process_rows(8, index, processes)
             )
             for index in range(processes)
         ]
@@ -415,13 +416,13 @@ def test_rows_may_be_asked_for_in_any_order():
 
 def test_process_rows_refuses_unequal_shares():
     with pytest.raises(ValueError, match="batch_size 8 is not divisible by the 3"):
-        module.process_rows(8, 0, 3)
+        process_rows(8, 0, 3)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_iterating_goes_on_where_it_is_told(prefetch):
     batches = Batches(encoded(pairs(30)), batch_size=4, seed=1)
-    rows = module.process_rows(4, 1, 2)
+    rows = process_rows(4, 1, 2)
     steps = list(batches.iterate(5, 19, rows=rows, prefetch=prefetch))
     assert len(steps) == 14
     for step, batch in enumerate(steps, start=5):

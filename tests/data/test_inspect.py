@@ -6,7 +6,8 @@ import numpy as np
 import rich.console
 
 from gvjax.data import inspect, sources
-from gvjax.data.batches import Batches, LengthPolicy, encode_rows
+from gvjax.data.batches import Batches
+from gvjax.data.examples import LengthPolicy, encode_rows
 from gvjax.data.schema import DemonstrationRow, PreferenceRow, PromptRow, UnpairedRow
 from gvjax.data.tokenizer import ByteTokenizer
 

@@ -1,5 +1,6 @@
 """Packed pairs: nothing lost, nothing overfilled, the same numbers, and little padding on the real samples."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -10,9 +11,9 @@ import optax
 import pytest
 
 from gvjax import steps
-from gvjax.data import batches as module
 from gvjax.data import packing, sources
-from gvjax.data.batches import Batches, LengthPolicy
+from gvjax.data.batches import Batches
+from gvjax.data.examples import LengthPolicy, encode_rows
 from gvjax.data.schema import DemonstrationRow, PreferenceRow, PromptRow
 from gvjax.data.templates import CHATML_TEMPLATE, ChatTemplate
 from gvjax.data.tokenizer import ByteTokenizer
@@ -76,10 +77,10 @@ def test_many_open_bins_are_closed_and_nothing_is_lost(monkeypatch):
 def both_batches():
     """(every pair in a row of its own, the same pairs packed and in which order), with reference log-probabilities."""
     rows = text_pairs(24)
-    examples = module.encode_rows(rows, ByteTokenizer(), LengthPolicy((32, 64)))
+    examples = encode_rows(rows, ByteTokenizer(), LengthPolicy((32, 64)))
     rng = np.random.default_rng(1)
     reference = tuple(rng.uniform(-9, -1, (2, 24)).astype(np.float32))
-    examples = module.dataclasses.replace(examples, ref_logps=reference)
+    examples = dataclasses.replace(examples, ref_logps=reference)
     plain = Batches(examples, batch_size=24, seed=0, shuffle=False)
     packed = Batches(examples, batch_size=8, seed=0, packing=True, drop_remainder=False)
     assert packed.batches_per_epoch == 1
@@ -178,7 +179,7 @@ def test_the_reference_of_packed_pairs_keeps_their_shape():
 
 def test_packed_pairs_without_weights_are_refused():
     packed = both_batches()[2]
-    packed = module.dataclasses.replace(packed, weight=None)
+    packed = dataclasses.replace(packed, weight=None)
     step = steps.make_dpo_step(transformer.token_logps_fn(MODEL), optax.sgd(1.0))
     params = transformer.init(jax.random.key(0), MODEL)
     with pytest.raises(ValueError, match=r"`weight` must be f32\[B, S\]"):
@@ -187,7 +188,7 @@ def test_packed_pairs_without_weights_are_refused():
 
 def test_prompts_are_not_packed():
     rows = sources.from_rows([PromptRow("ab")])
-    examples = module.encode_rows(rows, ByteTokenizer(), LengthPolicy((8,)))
+    examples = encode_rows(rows, ByteTokenizer(), LengthPolicy((8,)))
     with pytest.raises(ValueError, match="demonstrations and pairs, and these are"):
         Batches(examples, batch_size=1, seed=0, packing=True)
 
@@ -218,7 +219,7 @@ def test_padding_of_the_real_samples(name, packed, plain, data_dir):
         max_bad_share=0.1,
     )
     assert rows.kind in (DemonstrationRow, PreferenceRow)
-    examples = module.encode_rows(
+    examples = encode_rows(
         rows,
         ByteTokenizer(),
         LengthPolicy(BUCKETS),
@@ -237,7 +238,7 @@ def test_padding_by_hand():
         [DemonstrationRow("abc", "de"), DemonstrationRow("a", "b")]
     )
     tokenizer = ByteTokenizer(add_bos=False)
-    examples = module.encode_rows(rows, tokenizer, LengthPolicy((4, 8, 12)))
+    examples = encode_rows(rows, tokenizer, LengthPolicy((4, 8, 12)))
     # With EOS 6 and 3 tokens, in rows of 8 and 4; together 9 in a row of 12.
     assert Batches(examples, batch_size=1, seed=0).padding() == pytest.approx(3 / 12)
     packed = Batches(examples, batch_size=1, seed=0, packing=True)

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 
-from gvjax.data import schema, sources
+from gvjax.data import schema, sources, upstream
 from gvjax.data.schema import (
     DemonstrationRow,
     Message,
@@ -58,7 +58,7 @@ def test_samples_round_trip(name, train, test, kind, data_dir):
         upstream = records(name, split)
         assert len(rows) == len(upstream) == count
         assert rows.kind is kind
-        convert = sources.SOURCES[name].convert
+        convert = upstream.SOURCES[name].convert
         for i, record in enumerate(upstream):
             row_id = f"{name}.{split}.jsonl.gz:{i + 1}"
             assert rows[i] == schema.normalise(record, convert, row_id)
@@ -118,7 +118,7 @@ def turns(*words):
 
 
 def test_hh_early_divergence_keeps_the_rest_in_the_completion():
-    row = sources.hh_rlhf(
+    row = upstream.hh_rlhf(
         {"chosen": turns("a", "b", "c", "d"), "rejected": turns("a", "x", "y", "z")}
     )
     assert row.prompt == (Message("user", "a"),)
@@ -128,7 +128,7 @@ def test_hh_early_divergence_keeps_the_rest_in_the_completion():
 
 
 def test_hh_dialogues_of_other_lengths():
-    row = sources.hh_rlhf(
+    row = upstream.hh_rlhf(
         {"chosen": turns("a", "b"), "rejected": turns("a", "b", "c", "d")}
     )
     assert row.prompt == (Message("user", "a"),)
@@ -137,9 +137,9 @@ def test_hh_dialogues_of_other_lengths():
 
 def test_hh_without_a_shared_prompt_is_unusable():
     with pytest.raises(schema.UnusableRow, match="early_divergence"):
-        sources.hh_rlhf({"chosen": turns("a", "b"), "rejected": turns("c", "b")})
+        upstream.hh_rlhf({"chosen": turns("a", "b"), "rejected": turns("c", "b")})
     with pytest.raises(schema.UnusableRow, match="missing_keys"):
-        sources.hh_rlhf({"chosen": "no marks", "rejected": turns("c", "b")})
+        upstream.hh_rlhf({"chosen": "no marks", "rejected": turns("c", "b")})
 
 
 @pytest.mark.parametrize(
@@ -512,11 +512,11 @@ def test_no_tensorflow(tmp_path):
     """Preparing, reading and batching import no TensorFlow; a fresh process, since other tests may have."""
     code = f"""
 import sys
-from gvjax.data import batches, inspect, sources
+from gvjax.data import batches, examples, inspect, sources
 from gvjax.data.tokenizer import ByteTokenizer
 rows = sources.load("svamp", "test", path={str(SAMPLES / "svamp.test.jsonl.gz")!r}, data_dir={str(tmp_path)!r})
-examples = batches.encode_rows(rows, ByteTokenizer(), batches.LengthPolicy((512,)))
-batches.Batches(examples, batch_size=4, seed=0).batch_at(3)
+encoded = examples.encode_rows(rows, ByteTokenizer(), examples.LengthPolicy((512,)))
+batches.Batches(encoded, batch_size=4, seed=0).batch_at(3)
 assert 'tensorflow' not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -115,15 +115,16 @@ def test_supervise_restarts_by_exit_code(
 def test_supervise_passes_sigterm_on_and_waits_for_the_checkpoint(tmp_path):
     text = bash.script("set -u", *bash.supervise(3), 'supervise "$@"', "exit $?")
     worker = (
+        # Not print: the signal may come before `ready` has left it, and it cannot be entered twice.
         "import os, signal, sys, time\n"
         "def checkpoint(*_):\n"
         "    signal.signal(signal.SIGTERM, lambda *_: os._exit(99))\n"
-        "    print('saving', flush=True)\n"
+        "    os.write(1, b'saving\\n')\n"
         "    time.sleep(0.5)\n"
         f"    open({str(tmp_path / 'saved')!r}, 'w').close()\n"
         "    sys.exit(85)\n"
         "signal.signal(signal.SIGTERM, checkpoint)\n"
-        "print('ready', flush=True)\n"
+        "os.write(1, b'ready\\n')\n"
         # In short naps: a signal that comes just before a long one is heard after it.
         "for _ in range(600):\n"
         "    time.sleep(0.05)\n"

@@ -17,7 +17,7 @@ from model_folder import write_model_folder
 from gvjax import config, sharding
 from gvjax.__main__ import main
 from gvjax.models import hf, transformer
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 from gvjax.recipes import export, single
 from gvjax.recipes.ground import ground_of, task_of
 from gvjax.recipes.pairs import labelled_pairs

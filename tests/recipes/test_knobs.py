@@ -350,7 +350,7 @@ def asked(settings, monkeypatch) -> list[str]:
     inputs.prompts.__len__.return_value = B
     every_pair = inputs.required_pairs.return_value
     every_pair.__len__.return_value = B
-    every_pair.batch = lambda rows, pad_id: say("pairs", len(rows)) or pairs
+    every_pair.batches = lambda pad_id: lambda rows: say("pairs", len(rows)) or pairs
     prepared = {
         online_dpo: (lambda *_: pairs, lambda *_: pairs),
         **dict.fromkeys((policy_gradient, ppo, rebel), (lambda *_: (pairs, {}),)),

@@ -9,7 +9,7 @@ from kept_runs import make_run, metrics_of
 
 from gvjax import config, sharding
 from gvjax.data.tokenizer import ByteTokenizer
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 from gvjax.recipes import dpo, packed, reward, sft, single
 from gvjax.recipes.dataset import Dataset, Table
 from gvjax.recipes.ground import Ground

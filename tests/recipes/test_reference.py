@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gvjax import sharding
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 from gvjax.recipes import reference
 from gvjax.recipes.ground import Ground
 from gvjax.recipes.rows import role_key
