@@ -15,7 +15,7 @@ from gvjax.bench.footing import Footing
 from gvjax.bench.request import Request, Sizes, make_request
 from gvjax.bench.timing import Ceilings, Row, Work
 from gvjax.models import cost
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 
 MICRO = ModelConfig(vocab_size=300, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16)
 SIZES = Sizes(batch=8, prompt=8, completion=8, group=2)

@@ -15,7 +15,7 @@ from gvjax import config, sharding
 from gvjax.config import reading
 from gvjax.gap import measurement, planning
 from gvjax.models import heads, hf, transformer
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 from gvjax.recipes import single
 from gvjax.recipes.ground import ground_of
 

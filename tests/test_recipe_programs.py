@@ -10,7 +10,7 @@ import pytest
 
 from gvjax import config, logps, sharding
 from gvjax.models import cost
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 from gvjax.recipes import dpo, policy_gradient, ppo, reward, sft
 from gvjax.recipes.ground import Ground
 from gvjax.recipes.programs import sampler

@@ -11,7 +11,7 @@ from scipy import stats
 
 from gvjax import sampling, sharding
 from gvjax.models import decoding, transformer
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 from gvjax.types import Rollouts
 
 CONFIG = ModelConfig(

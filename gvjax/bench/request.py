@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from gvjax import sharding
 from gvjax.bench.timing import memory_limit
 from gvjax.models import cost, shapes
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 
 ROWS = {
     "sft": "a step of supervised fine-tuning on full-length sequences",

@@ -27,7 +27,7 @@ class RunConfig(Section):
       run_dir: where checkpoints, metrics and results go; the same command resumes an interrupted run.
       seed: of initialisation, data order and sampling.
       task: see TaskSection, or DatasetSection for rows from files.
-      model: fields of `gvjax.models.transformer.ModelConfig`, without vocab_size, which the task gives, those of a network
+      model: fields of `gvjax.models.config.ModelConfig`, without vocab_size, which the task gives, those of a network
         of `gvjax.models.shapes` by its `shape` (weights are random: for benchmarks and plans); or `checkpoint`
         (a directory of transformers, a .gguf file, an id on the hub) with dtype, remat and scan_layers.
       lora: train adapters instead of the whole policy; see LoraSection.

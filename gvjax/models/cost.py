@@ -16,7 +16,7 @@ import math
 import jax
 
 from gvjax.models import transformer
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 
 TRAINING = 3
 """Forwards that one forward and its gradient cost."""

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gvjax.models import transformer
+from gvjax.models import layers, transformer
 from gvjax.models.attention import cached_attention, causal_attention
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 from gvjax.types import DecodeFn, Params
 
 Cache = dict[str, Any]
@@ -130,11 +130,11 @@ def decode_fn(
                     )
                 return out.astype(queries.dtype), written
 
-            x, (keys, values) = transformer.Block(config).apply(
+            x, (keys, values) = layers.Block(config).apply(
                 {"params": transformer.layer_of(params["layers"], layer)},
                 x,
                 batch,
-                transformer.rotation_of(positions, config, layer),
+                layers.rotation_of(positions, config, layer),
                 attend,
             )
             new_keys.append(keys)

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 
 Json = Any
 """What `json.loads` returns."""

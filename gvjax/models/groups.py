@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from gvjax.models import transformer
 from gvjax.models.attention import causal_attention, group_attention
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 from gvjax.types import GroupLogpsFn
 
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from gvjax import masked
 from gvjax.models import transformer
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 from gvjax.types import Params, RewardFn, ValuesFn
 
 Pooling = Literal["last", "mean", "sum"]

@@ -24,8 +24,8 @@ import safetensors.numpy
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from gvjax.models import families, heads, transformer
+from gvjax.models.config import ModelConfig
 from gvjax.models.families import Family, Json, Source
-from gvjax.models.transformer import ModelConfig
 from gvjax.models.weights import BUFFERS, Gguf, Safetensors, Weights
 from gvjax.types import Params
 

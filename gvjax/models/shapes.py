@@ -3,7 +3,7 @@
 import dataclasses
 from types import MappingProxyType
 
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 
 TINY = ModelConfig(
     vocab_size=512,

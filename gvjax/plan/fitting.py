@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gvjax import config, sharding
-from gvjax.models.transformer import REMAT
+from gvjax.models.config import REMAT
 from gvjax.plan.compiling import Compiled, Compiler
 from gvjax.plan.programs import Program, Stage, stage_of
 from gvjax.plan.targets import Target

@@ -21,8 +21,8 @@ from gvjax.models import (
     shapes,
     transformer,
 )
+from gvjax.models.config import ModelConfig
 from gvjax.models.lora import LoraConfig
-from gvjax.models.transformer import ModelConfig
 from gvjax.tasks.task import Task
 from gvjax.types import (
     LogpsFn,

@@ -22,7 +22,7 @@ from gvjax.bench.command import run
 from gvjax.bench.report import Report
 from gvjax.bench.request import Request, Sizes
 from gvjax.models import cost, shapes
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 
 BASE = Sizes(batch=8, prompt=64, completion=64, group=4)
 ALLOWANCE = 1.15

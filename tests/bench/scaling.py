@@ -15,8 +15,9 @@ import gvjax
 from gvjax import optim, runtime
 from gvjax.data import packing
 from gvjax.models import heads, transformer
+from gvjax.models.config import ModelConfig
 
-CONFIG = transformer.ModelConfig(
+CONFIG = ModelConfig(
     vocab_size=8192,
     embed_dim=512,
     num_layers=8,

@@ -18,7 +18,7 @@ from gvjax.data.schema import DemonstrationRow, PreferenceRow, PromptRow
 from gvjax.data.templates import CHATML_TEMPLATE, ChatTemplate
 from gvjax.data.tokenizer import ByteTokenizer
 from gvjax.models import heads, transformer
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 from gvjax.steps.sequences import sums_by_pair
 
 SAMPLES = pathlib.Path(__file__).parent / "samples"

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 
-from gvjax.data import schema, sources, upstream
+from gvjax.data import answers, schema, sources, upstream
 from gvjax.data.schema import (
     DemonstrationRow,
     Message,
@@ -55,11 +55,11 @@ def test_samples_round_trip(name, train, test, kind, data_dir):
     """What is read back from array_record is what the converter made of each upstream record, in order."""
     for split, count in (("train", train), ("test", test)):
         rows = load(name, split, data_dir, max_bad_share=0.1)
-        upstream = records(name, split)
-        assert len(rows) == len(upstream) == count
+        given = records(name, split)
+        assert len(rows) == len(given) == count
         assert rows.kind is kind
         convert = upstream.SOURCES[name].convert
-        for i, record in enumerate(upstream):
+        for i, record in enumerate(given):
             row_id = f"{name}.{split}.jsonl.gz:{i + 1}"
             assert rows[i] == schema.normalise(record, convert, row_id)
 
@@ -157,7 +157,7 @@ def test_hh_without_a_shared_prompt_is_unusable():
     ],
 )
 def test_canonical_number(text, number):
-    assert sources.canonical_number(text) == number
+    assert answers.canonical_number(text) == number
 
 
 def test_answers_are_canonical(data_dir):

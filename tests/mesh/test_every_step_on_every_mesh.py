@@ -12,7 +12,7 @@ import pytest
 
 from gvjax import config, sharding
 from gvjax.models import heads, transformer
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 from gvjax.plan import hlo
 from gvjax.recipes import dpo, online_dpo, policy_gradient, ppo, reward, sft, single
 from gvjax.recipes.ground import Ground, ground_of

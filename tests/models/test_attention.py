@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gvjax.models import transformer
+from gvjax.models import layers
 from gvjax.models.attention import AttentionConfig, causal_attention, choose_kernel
+from gvjax.models.config import ModelConfig
 
 
 def naive(queries, keys, values, config, segments):
@@ -87,7 +88,7 @@ def test_the_gradient_written_out_is_the_derived_one(config, length, width):
 
 
 def test_rotation_turns_pairs_of_the_rotated_part_only():
-    config = transformer.ModelConfig(
+    config = ModelConfig(
         vocab_size=2,
         embed_dim=8,
         num_layers=1,
@@ -97,8 +98,8 @@ def test_rotation_turns_pairs_of_the_rotated_part_only():
         rope_theta=100.0,
     )
     x = jnp.arange(1.0, 9.0).reshape(1, 1, 1, 8)
-    rotation = transformer.rotation_of(jnp.array([[3]]), config, 0)
-    got = transformer._rotate(x, rotation)[0, 0, 0]
+    rotation = layers.rotation_of(jnp.array([[3]]), config, 0)
+    got = layers._rotate(x, rotation)[0, 0, 0]
     # Pairs (1, 3) and (2, 4) turn by 3 · 100⁰ and 3 · 100^(−1/2); 5 to 8 stand still.
     a, b = 3.0, 0.3
     expected = [

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from gvjax.models import cost, shapes, transformer
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 
 SMALL = ModelConfig(
     vocab_size=7,

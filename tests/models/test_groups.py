@@ -9,6 +9,7 @@ import pytest
 
 from gvjax import steps
 from gvjax.models import groups, transformer
+from gvjax.models.config import ModelConfig
 from gvjax.types import PreferenceBatch, SequenceBatch, SharedPrompts
 
 PROMPT, COMPLETION, GROUP = 7, 6, 3
@@ -36,7 +37,7 @@ def ragged(rng, groups_of: int) -> SequenceBatch:
     return SequenceBatch(tokens, mask)
 
 
-def both(config: transformer.ModelConfig, group_size: int):
+def both(config: ModelConfig, group_size: int):
     plain, shared = transformer.token_logps_fn(config), groups.group_logps_fn(config)
     return plain, SharedPrompts(shared, plain, PROMPT, COMPLETION, group_size)
 
@@ -61,7 +62,7 @@ def both(config: transformer.ModelConfig, group_size: int):
     ids=["capped", "learned positions, weights kept"],
 )
 def test_a_group_has_the_log_probabilities_and_gradients_of_its_rows(change):
-    config = transformer.ModelConfig(**SHAPE, **change)
+    config = ModelConfig(**SHAPE, **change)
     params = transformer.init(jax.random.key(0), config)
     rng = np.random.default_rng(0)
     batch = ragged(rng, GROUP)
@@ -84,7 +85,7 @@ def test_a_group_has_the_log_probabilities_and_gradients_of_its_rows(change):
 
 
 def test_pairs_share_their_prompt_whatever_stands_behind_the_completions():
-    config = transformer.ModelConfig(**SHAPE)
+    config = ModelConfig(**SHAPE)
     params = transformer.init(jax.random.key(0), config)
     rows = ragged(np.random.default_rng(0), 2)
     noise = np.where(rows.completion_mask, 0, 9) * (
@@ -103,7 +104,7 @@ def test_pairs_share_their_prompt_whatever_stands_behind_the_completions():
 
 
 def test_the_program_does_the_products_of_one_prompt():
-    config = transformer.ModelConfig(**SHAPE)
+    config = ModelConfig(**SHAPE)
     shapes = transformer.init_shapes(config)
     tokens = jax.ShapeDtypeStruct((16, 64 + 16), jnp.int32)
     mask = jax.ShapeDtypeStruct(tokens.shape, bool)
@@ -140,8 +141,8 @@ def test_packed_and_narrow_batches_take_the_plain_layout():
 
 def test_what_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="sliding_window is 8"):
-        groups.group_logps_fn(transformer.ModelConfig(**SHAPE, sliding_window=8))
-    config = transformer.ModelConfig(**SHAPE)
+        groups.group_logps_fn(ModelConfig(**SHAPE, sliding_window=8))
+    config = ModelConfig(**SHAPE)
     params = transformer.init(jax.random.key(0), config)
     batch = ragged(np.random.default_rng(0), GROUP)
     with pytest.raises(ValueError, match="9 rows are not whole groups of 2"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gvjax.models import heads, transformer
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 
 CONFIG = ModelConfig(vocab_size=12, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=24)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 12, (3, 8)), jnp.int32)

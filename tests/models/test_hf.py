@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from gvjax import logps, sharding
 from gvjax.models import decoding, families, heads, hf, transformer, weights
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 MODELS = sorted(each.name for each in (GOLDEN / "hf").iterdir())

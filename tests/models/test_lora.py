@@ -11,8 +11,8 @@ import pytest
 
 from gvjax import sharding
 from gvjax.models import decoding, hf, lora, transformer
+from gvjax.models.config import ModelConfig
 from gvjax.models.lora import LoraConfig
-from gvjax.models.transformer import ModelConfig
 from gvjax.steps import init_train_state, make_dpo_step, with_ref_logps
 from gvjax.types import PreferenceBatch, SequenceBatch
 

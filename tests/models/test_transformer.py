@@ -13,7 +13,7 @@ import pytest
 
 from gvjax import logps, sharding
 from gvjax.models import decoding, heads, transformer
-from gvjax.models.transformer import ModelConfig
+from gvjax.models.config import ModelConfig
 
 BASE = ModelConfig(
     vocab_size=12, embed_dim=16, num_layers=2, num_heads=4, mlp_dim=24, head_dim=8

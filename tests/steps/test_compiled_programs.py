@@ -10,11 +10,12 @@ import pytest
 
 from gvjax import optim, sampling, steps
 from gvjax.models import decoding, groups, transformer
+from gvjax.models.config import ModelConfig
 from gvjax.types import PreferenceBatch, SequenceBatch, SharedPrompts
 
 ROWS, PROMPT, COMPLETION, VOCABULARY, CHUNK = 4, 40, 24, 113, 32
 WIDTH = PROMPT + COMPLETION
-CONFIG = transformer.ModelConfig(
+CONFIG = ModelConfig(
     vocab_size=VOCABULARY, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=48
 )
 
