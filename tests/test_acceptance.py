@@ -77,6 +77,36 @@ def test_what_did_not_come_out_for_the_online_road_stands_there_too(tour):
     assert difference(tour, "tour", "GRPO", "best offline").high < 0
 
 
+def head_of(name: str) -> str:
+    """The comment that a config begins with, on one line."""
+    lines = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return " ".join(
+        " ".join(line.lstrip("#") for line in lines if line[:1] == "#").split()
+    )
+
+
+def plain(*values: float, digits: int) -> str:
+    mean, low, high = (f"{value:.{digits}f}".replace("0.", ".", 1) for value in values)
+    return f"{mean} [{low}, {high}]"
+
+
+def test_the_first_command_of_the_readme_gave_what_its_config_says():
+    results, head = load("quickstart"), head_of("quickstart")
+    task = results.task("tour")
+    for name in ("SFT", "DPO", "DPO + NLL", "online DPO", "RLOO"):
+        arm = task.start if name == "SFT" else task.arm(name)
+        found = contrasts.arm_estimate(task, arm)
+        assert f"{name} {plain(found.mean, *found.interval(), digits=3)}" in head
+    ahead = difference(results, "tour", "RLOO", "best offline")
+    assert ahead.low > 0.05
+    shown = plain(ahead.estimate, ahead.low, ahead.high, digits=2)
+    assert f"ahead of the best offline arm by {shown}" in head
+    twin = difference(results, "hidden_goals", "RLOO", "best offline")
+    assert abs(twin.low) <= 0.06 and abs(twin.high) <= 0.06
+    now = config.resolved(config.load(CONFIGS / "quickstart.yaml"))
+    assert {key: results.config[key] for key in now} == now
+
+
 # What `gvjax gap` said of the quickstart and its twins.
 
 TWINS = {
