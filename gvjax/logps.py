@@ -99,8 +99,8 @@ def chunked_token_logps(
         chex.assert_equal_shape([tokens, scored])
         wanted = scored[:, 1:].reshape(predicted)
         if kept:
-            logits = predicted * unembed.shape[1]
-            chunks = max(1, min(_PIECES, logits // _SMALLEST))
+            chunks = predicted * unembed.shape[1] // _SMALLEST
+            chunks = max(1, min(_PIECES, chunks))
 
     def aligned(logps: jax.Array) -> jax.Array:
         if wanted is not None:

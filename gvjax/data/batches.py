@@ -3,7 +3,8 @@
 A batch is a pure function of (seed, step): `Batches.batch_at(step)` can be asked in any order, by any number of processes.
 So the position of a run is its step, resume is exact, and the number of processes may change between the two.
 
-Examples are tokenised before (`examples`): which of them share a shape, and hence what a step sees, depends on all their lengths.
+Examples are tokenised before (`examples`): which of them share a shape, and hence what a step sees, depends on all
+their lengths.
 """
 
 import dataclasses
