@@ -23,19 +23,19 @@ NODES = ("127.0.0.2", "127.0.0.3")
 missing = [name for name in ("slurmctld", "slurmd", "sbatch") if not shutil.which(name)]
 pytestmark = [
     pytest.mark.exhaustive,
-    # Its nodes have fixed ports.
-    pytest.mark.xdist_group("slurm"),
     pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed"),
     pytest.mark.skipif(
         not hasattr(os, "geteuid") or os.geteuid() != 0, reason="slurmd wants root"
     ),
 ]
 
-# A requeued job waits as long as a credential lives, by default two minutes.
+# A requeued job waits as long as a credential lives, by default two minutes. The port at which a job's processes meet
+# follows from its number, so that clusters which run side by side number theirs from different ones on.
 CONF = """\
 ClusterName=gvjax
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/none
@@ -120,7 +120,13 @@ def cluster(tmp_path_factory):
     for name in ("state", *(f"spool.{node}" for node in NODES)):
         (root / name).mkdir()
     (root / "slurm.conf").write_text(
-        CONF.format(root=root, host=host, ports=ports, nodes=NODES)
+        CONF.format(
+            root=root,
+            host=host,
+            ports=ports,
+            nodes=NODES,
+            first_job=1 + os.getpid() % 256 * 16,
+        )
     )
     made = Cluster(root)
     commands = [["slurmctld", "-D"], *(["slurmd", "-D", "-N", node] for node in NODES)]
