@@ -23,6 +23,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -76,6 +77,10 @@ class Restored:
     versions: dict[str, str]
     mesh: dict[str, int]
     processes: int
+
+
+_TURN = threading.Lock()
+"""Held by the thread that saves: Orbax numbers the saves of a process, and of two at once one would wait for the other's."""
 
 
 class Checkpoints:
@@ -142,9 +147,9 @@ class Checkpoints:
     def save(
         self, step: int, state: Tree, meta: Mapping[str, Json], *, force: bool = False
     ) -> bool:
-        """Writes a checkpoint in the background, if the step is due.
+        """Writes a checkpoint, if the step is due; from the main thread in the background.
 
-        Returns once the arrays have been copied to the host, so the state may be donated at once. A save still under
+        There it returns once the arrays have been copied to the host, so the state may be donated at once. A save still under
         way is waited for first; its failure surfaces here, or in `wait` and `close`.
 
         Args:
@@ -174,14 +179,17 @@ class Checkpoints:
             return False
         leaves = _concrete_leaves(state)
         header = _make_header(leaves, meta)
-        try:
-            self._orbax.save_checkpointables_async(
-                step, {"state": _nested(leaves), "header": header}, force=True
-            )
-        except Exception as error:
-            self._failed(step, error)
-            return False
-        self._pending = step
+        with _TURN:
+            try:
+                self._orbax.save_checkpointables_async(
+                    step, {"state": _nested(leaves), "header": header}, force=True
+                )
+            except Exception as error:
+                self._failed(step, error)
+                return False
+            self._pending = step
+            if threading.current_thread() is not threading.main_thread():
+                self.wait()
         return True
 
     def failed(self, step: int, error: Exception) -> None:

@@ -286,7 +286,7 @@ class GapConfig(Section):
       judge: who compares completions of the pilot's policies with those of the SFT policy.
       judged_prompts: test prompts on which that is done; null takes all.
       margins: see MarginsSection.
-      workers, mesh, logging, timeouts: as for `gvjax compare`.
+      workers, seeds_together, mesh, logging, timeouts: as for `gvjax compare`.
     """
 
     gap: str
@@ -306,6 +306,7 @@ class GapConfig(Section):
     judged_prompts: Count | None = None
     margins: MarginsSection = MarginsSection()
     workers: Annotated[int, Field(ge=0)] = 0
+    seeds_together: Annotated[int, Field(ge=1)] = 1
     mesh: MeshSection = MeshSection()
     logging: LoggingSection = LoggingSection(sample_every=0)
     timeouts: TimeoutsSection = TimeoutsSection()
@@ -390,6 +391,7 @@ def study_of(
         },
         "arms": {},
         "workers": settings.workers,
+        "seeds_together": settings.seeds_together,
         "mesh": settings.mesh.model_dump(),
     }
     if "logging" in settings.model_fields_set:

@@ -108,6 +108,9 @@ class StudyConfig(Section):
       best_of_n: sizes n at which best-of-n under each scorer is measured; () leaves it out.
       workers: processes that share the stages out among themselves on a CPU; 0 means one a core, or, where several
         processes were started together, none: those do each stage together.
+      seeds_together: seeds that are done at once, every program running once for all of them (`jax.vmap`), on one device.
+        Their numbers differ from those of single seeds by rounding. Worth trying where a small network leaves an
+        accelerator waiting; on a CPU `workers` are faster.
       mesh, logging, timeouts: see their sections; of each stage.
     """
 
@@ -127,6 +130,7 @@ class StudyConfig(Section):
     contrasts: tuple[ContrastSection, ...] = ()
     best_of_n: tuple[Count, ...] = ()
     workers: Annotated[int, Field(ge=0)] = 0
+    seeds_together: Annotated[int, Field(ge=1)] = 1
     mesh: MeshSection = MeshSection()
     logging: LoggingSection = LoggingSection(sample_every=0)
     timeouts: TimeoutsSection = TimeoutsSection()

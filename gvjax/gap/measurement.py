@@ -174,6 +174,7 @@ def _task_plan(settings: config.GapConfig, number: int, code: str) -> Plan:
                 "task": settings.task.model_dump(),
                 "seed": seed,
                 "settings": settings.sft.model_dump(),
+                "seeds_together": settings.seeds_together,
             }
             label = f"network {place + 1} of another size"
             rows = settings.sft.steps * settings.sft.batch_size

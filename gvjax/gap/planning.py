@@ -136,9 +136,15 @@ def plan_of(
     ground = ground_for(study)
     stages: list[Stage] = []
     by_place: dict[tuple[Any, ...], Stage] = {}
-    shared = {"model": study.model, "evaluation": study.evaluation.model_dump()}
+    shared: dict[str, Any] = {
+        "model": study.model,
+        "evaluation": study.evaluation.model_dump(),
+    }
     if study.lora is not None:
         shared["lora"] = study.lora.model_dump()
+    if study.seeds_together > 1:
+        # A program over lanes rounds otherwise than that of one seed.
+        shared["seeds_together"] = study.seeds_together
     contents = [
         getattr(task_of(section, study.seeds[0]), "fingerprint", None)
         for section in task_sections(study)

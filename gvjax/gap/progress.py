@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from gvjax import config, distributed
+from gvjax import config, distributed, sharding
 from gvjax.gap.stages import (
     Perform,
     Stage,
@@ -44,7 +44,14 @@ def do_all(
         frozen = store.root.parent / f"config-{config.config_hash(settings)}.json"
         frozen.write_text(settings.model_dump_json(indent=1) + "\n", encoding="utf-8")
     with Watch(console, stages, workers * jax.process_count()) as watch:
-        run_stages(stages, store, perform, workers=workers, watch=watch)
+        run_stages(
+            stages,
+            store,
+            perform,
+            workers=workers,
+            watch=watch,
+            together=settings.seeds_together,
+        )
 
 
 ASKED_ONCE = ("llm", "human")
@@ -61,10 +68,16 @@ def check_together(
       processes: how many were started.
 
     Raises:
-      ConfigError: `workers` asks for more of them, or the judge is one to be asked once.
+      ConfigError: `workers` asks for more of them, `seeds_together` for something else, or the judge is one to be asked
+        once.
     """
     if processes == 1:
         return
+    if settings.seeds_together > 1:
+        raise config.ConfigError(
+            f"seeds_together is {settings.seeds_together}, but {processes} processes were started, which do every stage"
+            " together; leave it out, or start one process"
+        )
     if settings.workers > 1:
         raise config.ConfigError(
             f"workers is {settings.workers}, but {processes} processes were started, which do every stage together and"
@@ -77,14 +90,32 @@ def check_together(
         )
 
 
+def _check_seeds_together(
+    settings: config.StudyConfig | config.GapConfig,
+) -> None:
+    if settings.seeds_together > len(settings.seeds):
+        raise config.ConfigError(
+            f"seeds_together is {settings.seeds_together}, but there are {len(settings.seeds)} seeds; use no more"
+        )
+    mesh = settings.mesh
+    with config.refusing("mesh"):
+        size = sharding.make_mesh(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor).size  # fmt: skip
+    if size > 1 < settings.seeds_together:
+        raise config.ConfigError(
+            f"seeds_together is {settings.seeds_together}, but the mesh has {size} devices, over which one seed is split"
+            " already; leave it out, or run on one device"
+        )
+
+
 def workers_of(settings: config.StudyConfig | config.GapConfig) -> int:
     """Processes that do stages for this one: one a core on a CPU; on accelerators, whose memory cannot be shared out, and
     where several processes were started, 1: each does them itself.
 
     Raises:
-      ConfigError: `workers` does not fit the devices, or see `check_together`.
+      ConfigError: `workers` or `seeds_together` does not fit the devices, or see `check_together`.
     """
     check_together(settings, jax.process_count())
+    _check_seeds_together(settings)
     if jax.process_count() > 1:
         return 1
     if jax.default_backend() != "cpu":

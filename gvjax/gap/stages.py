@@ -1,8 +1,8 @@
 """Stages of a study: each is done once, and kept under the hash of everything it depends on.
 
-Stages are shared out to worker processes that this one starts, a stage to each; or, where several processes were started
-together, all of them do each stage together, over the devices of all. Of those the first alone writes, and says what is
-done: what it sees on a shared disk, another one may see later.
+Stages are shared out to worker processes that this one starts; or, where several processes were started together, all of
+them do each stage together, over the devices of all. Of those the first alone writes, and says what is done: what it sees on
+a shared disk, another one may see later. A process does one stage at a time, or those of several seeds in lanes.
 """
 
 import ast
@@ -21,14 +21,14 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 import gvjax
-from gvjax import distributed, runtime
+from gvjax import distributed, lanes, runtime
 from gvjax.gap.results import write_whole
 from gvjax.recipes.loop import PreemptedError
 
@@ -188,6 +188,9 @@ def _is_text(node: ast.AST) -> bool:
 Perform = Callable[[Stage, Store, Report], Mapping[str, Any]]
 """Does a stage and returns its JSON result; must be importable by name."""
 
+Watch = Callable[[Stage, str, float, Mapping[str, float]], None]
+"""Told of a stage how far it is: see `run_stages`."""
+
 
 def run_stages(
     stages: Sequence[Stage],
@@ -195,7 +198,8 @@ def run_stages(
     perform: Perform,
     *,
     workers: int,
-    watch: Callable[[Stage, str, float, Mapping[str, float]], None],
+    watch: Watch,
+    together: int = 1,
 ) -> None:
     """Does what is not done yet, parents first.
 
@@ -206,7 +210,9 @@ def run_stages(
       store: where results are.
       perform: does one stage; a `functools.partial` of a module's function.
       workers: processes to start, each on a core of its own; 1 works in this process.
-      watch: told `(stage, "running" | "done" | "kept", share in [0, 1], shown)`.
+      watch: told `(stage, "running" | "done" | "kept", share in [0, 1], shown)`, by one thread at a time.
+      together: stages that differ in the seed alone and are done in lanes, each program running once for all; see
+        `gvjax.lanes`.
 
     Raises:
       StageError: a stage failed; those that were done stay done.
@@ -220,26 +226,76 @@ def run_stages(
         else:
             waiting.append(stage)
     if workers > 1 and len(waiting) > 1:
-        _share_out(waiting, store, perform, workers, watch)
+        _share_out(waiting, store, perform, workers, watch, together)
         return
-    for stage in waiting:
-
-        def report(done, total, shown, stage=stage):
-            watch(stage, "running", done / max(total, 1), shown)
-
+    while waiting:
+        group = _group(waiting[0], _ready(waiting, ()), together)
         if distributed.preemption_requested():
             raise PreemptedError(
-                f"stopped before {stage.label}, kept in {store.root}; the same command goes on"
+                f"stopped before {group[0].label}, kept in {store.root}; the same command goes on"
             )
+        _do_group(group, store, perform, watch, together)
+        waiting = _without(waiting, group)
+
+
+def _ready(waiting: Sequence[Stage], running: Iterable[Stage]) -> list[Stage]:
+    """Those that wait for no other one."""
+    pending = {stage.key for stage in (*waiting, *running)}
+    return [
+        stage
+        for stage in waiting
+        if not any(parent.key in pending for parent in stage.parents)
+    ]
+
+
+def _without(stages: Iterable[Stage], group: Sequence[Stage]) -> list[Stage]:
+    keys = {stage.key for stage in group}
+    return [stage for stage in stages if stage.key not in keys]
+
+
+def _group(first: Stage, ready: Sequence[Stage], together: int) -> list[Stage]:
+    """A stage and others that do the same on the same task with another seed, `together` of them at most."""
+    like = [
+        stage
+        for stage in _without(ready, [first])
+        if stage.place[1] == first.place[1] and _programs(stage) == _programs(first)
+    ]
+    return [first, *like][:together]
+
+
+def _do_group(
+    group: Sequence[Stage], store: Store, perform: Perform, watch: Watch, together: int
+) -> None:
+    """Does stages at once; one that fails leaves the others to end.
+
+    Raises:
+      StageError, PreemptedError: of the first that failed or was told to go.
+    """
+    telling = threading.Lock()
+
+    def tell(stage: Stage, what: str, share: float, shown: Mapping[str, float]):
+        with telling:
+            watch(stage, what, share, shown)
+
+    def do(stage: Stage) -> None:
+        def report(done, total, shown):
+            tell(stage, "running", done / max(total, 1), shown)
+
         try:
-            _do(stage, store, perform, report)
-        except PreemptedError:
+            _do(stage, store, perform, report, beside=len(group))
+        except (PreemptedError, lanes.AbandonedError):
             raise
         except Exception as error:
             raise StageError(
                 f"{stage.label} failed:\n{traceback.format_exc()}"
             ) from error
-        watch(stage, "done", 1.0, {})
+        tell(stage, "done", 1.0, {})
+
+    if together == 1:
+        do(group[0])
+    else:
+        works = [functools.partial(do, stage) for stage in group]
+        lanes.Lanes(together).run(works)
 
 
 def _done(stages: Sequence[Stage], store: Store) -> list[bool]:
@@ -263,8 +319,14 @@ NOTED_EVERY = 1.0
 """Seconds of work that a killed stage may lose count of."""
 
 
-def _do(stage: Stage, store: Store, perform: Perform, report: Report) -> None:
-    """Does a stage; its seconds are those of all attempts, as far as one that was killed had noted them."""
+def _do(
+    stage: Stage, store: Store, perform: Perform, report: Report, *, beside: int
+) -> None:
+    """Does a stage; its seconds are those of all attempts, as far as one that was killed had noted them.
+
+    Args:
+      beside: stages that are done at once; each is put down for its share of the time.
+    """
     first = jax.process_index() == 0
     path = store.directory(stage) / "seconds"
     before = float(path.read_text()) if first and path.exists() else 0.0
@@ -275,19 +337,19 @@ def _do(stage: Stage, store: Store, perform: Perform, report: Report) -> None:
         if first and time.monotonic() - noted > NOTED_EVERY:
             noted = time.monotonic()
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, f"{before + noted - begun:.3f}\n")
+            write_whole(path, f"{before + (noted - begun) / beside:.3f}\n")
         report(done, total, shown)
 
     result = perform(stage, store, noting)
     if first:
-        seconds = before + time.monotonic() - begun
+        seconds = before + (time.monotonic() - begun) / beside
         store.finish(stage, {"seconds": seconds, **result})
         path.unlink(missing_ok=True)
     # The next stage reads what this one has left.
     distributed.wait_for_all(stage.key)
 
 
-def _share_out(waiting, store, perform, workers, watch) -> None:
+def _share_out(waiting, store, perform, workers, watch, together) -> None:
     context = multiprocessing.get_context("spawn")
     news = context.Queue()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -296,32 +358,30 @@ def _share_out(waiting, store, perform, workers, watch) -> None:
         tasks = context.SimpleQueue()
         core = cores[number % len(cores)] if cores else None
         process = context.Process(
-            target=_work, args=(number, core, tasks, news, store, perform), daemon=True
+            target=_work,
+            args=(number, core, tasks, news, store, perform, together),
+            daemon=True,
         )
         with _ctrl_c_kept_back():
             process.start()
         desks[number] = (process, tasks)
     by_key = {stage.key: stage for stage in waiting}
     waiting = _most_to_follow_first(waiting)
-    idle, running = list(desks), dict[int, Stage]()
+    idle, running = list(desks), dict[int, list[Stage]]()
     compiled: set[tuple[str, str, int]] = set()
     looked = time.monotonic()
     try:
         while waiting or running:
-            pending = {stage.key for stage in waiting}
-            pending |= {stage.key for stage in running.values()}
-            ready = [
-                stage
-                for stage in waiting
-                if not any(parent.key in pending for parent in stage.parents)
-            ]
+            under_way = [stage for group in running.values() for stage in group]
+            ready = _ready(waiting, under_way)
             while idle and ready:
-                stage = _next(ready, running.values(), compiled)
+                first = _next(ready, under_way, compiled)
+                group = _group(first, ready, together)
                 number = idle.pop(0)
-                ready.remove(stage)
-                waiting.remove(stage)
-                running[number] = stage
-                desks[number][1].put(stage)
+                ready, waiting = _without(ready, group), _without(waiting, group)
+                running[number] = group
+                under_way += group
+                desks[number][1].put(tuple(group))
             # However much the others have to say: one that died says nothing.
             if time.monotonic() - looked > 1.0:
                 looked = time.monotonic()
@@ -335,10 +395,11 @@ def _share_out(waiting, store, perform, workers, watch) -> None:
             except queue.Empty:
                 continue
             if what == "failed":
-                raise StageError(f"{by_key[key].label} failed:\n{shown}")
-            if what == "done":
+                raise StageError(shown)
+            if what == "idle":
                 idle.append(number)
                 del running[number]
+                continue
             compiled.add(_programs(by_key[key]))
             watch(by_key[key], what, share, shown)
     finally:
@@ -402,11 +463,11 @@ def _ctrl_c_kept_back() -> Iterator[None]:
 
 
 def _check_alive(running, desks) -> None:
-    for number, stage in running.items():
+    for number, group in running.items():
         process, _ = desks[number]
         if not process.is_alive():
             raise StageError(
-                f"{stage.label}: its process died with exit code {process.exitcode} (-9: killed, often for want of"
+                f"{group[0].label}: its process died with exit code {process.exitcode} (-9: killed, often for want of"
                 " memory); run the same command to go on"
             )
 
@@ -419,7 +480,7 @@ def _leave_with_the_leader() -> None:
         os._exit(70)
 
 
-def _work(number, core, tasks, news, store, perform) -> None:
+def _work(number, core, tasks, news, store, perform, together) -> None:
     # Ctrl-C reaches the whole process group: the leader answers it, and ends the others. It was blocked until here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_the_leader, daemon=True).start()
@@ -433,19 +494,19 @@ def _work(number, core, tasks, news, store, perform) -> None:
         # What is left by now, modules and compiled programs, stays: later collections need not look at it.
         gc.collect()
         gc.freeze()
-        stage = tasks.get()
-        latest = 0.0
+        group = tasks.get()
+        latest = dict.fromkeys((stage.key for stage in group), 0.0)
 
-        def report(done, total, shown, stage=stage):
-            nonlocal latest
-            if time.monotonic() - latest > 0.2:
-                latest = time.monotonic()
+        def tell(stage, what, share, shown, latest=latest):
+            now = time.monotonic()
+            if what == "done" or now - latest[stage.key] > 0.2:
+                latest[stage.key] = now
                 shown = {name: float(value) for name, value in shown.items()}
-                news.put((number, stage.key, "running", done / max(total, 1), shown))
+                news.put((number, stage.key, what, share, shown))
 
         try:
-            _do(stage, store, perform, report)
-        except Exception:
-            news.put((number, stage.key, "failed", 0.0, traceback.format_exc()))
+            _do_group(group, store, perform, tell, together)
+        except Exception as error:
+            news.put((number, None, "failed", 0.0, str(error)))
             return
-        news.put((number, stage.key, "done", 1.0, {}))
+        news.put((number, None, "idle", 1.0, {}))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gvjax import config, optim, sharding, steps, tasks
+from gvjax import config, lanes, optim, sharding, steps, tasks
 from gvjax.models import (
     families,
     groups,
@@ -281,6 +282,8 @@ class CompiledTraining:
 
     Where adapters are trained the state holds them alone, and `step(state, batch, base)` is given the policy they are
     for, which it only reads: there is no second copy of the weights, in memory or in checkpoints.
+
+    In lanes, `step` takes that of all of them at once.
     """
 
     def __init__(
@@ -295,8 +298,10 @@ class CompiledTraining:
         self._group_size = group_size
         self._start = jax.jit(functools.partial(steps.init_train_state, tx=tx))
         self._layout: Any = None
-        self._batch: Any = None
+        self._laying_out = threading.Lock()
+        self._latest = threading.local()
         self._step: sharding.ShardedStep | None = None
+        self._steps_of_lanes: dict[int, sharding.ShardedStep] = {}
 
     def start(self, params: Params) -> TrainState:
         """The state at step 0; it shares no buffer with `params`."""
@@ -323,12 +328,15 @@ class CompiledTraining:
 
     def _lay_out(self, params: Params) -> None:
         """Decides where the state lives: known once the parameters' shapes are."""
-        if self._layout is None:
+        with self._laying_out:
+            if self._layout is not None:
+                return
             state = jax.eval_shape(self._start, params)
             mesh, rules = self._ground.mesh, self._ground.rules
-            self._layout = sharding.shardings(mesh, state, rules)
-            self._start = jax.jit(self._start, out_shardings=self._layout)
-            self._step = sharding.jit_step(self._plain_step, mesh, self._layout)
+            layout = sharding.shardings(mesh, state, rules)
+            self._start = jax.jit(self._start, out_shardings=layout)
+            self._step = sharding.jit_step(self._plain_step, mesh, layout)
+            self._layout = layout
 
     def _plain_step(self, state: TrainState, batch: Any, *base: Params):
         logps_fn = self._ground.group_logps_fn(self._group_size)
@@ -346,10 +354,30 @@ class CompiledTraining:
         if self._step is None:
             raise ValueError("make the state with start(params) first")
         # What another program made (rollouts, advantages) may lie otherwise; where it lies right, nothing moves.
-        self._batch = batch = jax.tree.map(self._place, batch)
+        self._latest.batch = batch = jax.tree.map(self._place, batch)
         frozen = () if base is None else (base,)
-        state, metrics = self._step(state, batch, *frozen)
+        several = lanes.current()
+        if several is None:
+            state, metrics = self._step(state, batch, *frozen)
+        else:
+            state, metrics = several.meet(self._of_lanes, (state, batch, *frozen))
         return state, dict(metrics)
+
+    def _of_lanes(self, calls: lanes.Calls) -> list[tuple[TrainState, Metrics]]:
+        """The step of each lane, all by one program."""
+        step = self._steps_of_lanes.get(len(calls))
+        if step is None:
+            step = self._steps_of_lanes[len(calls)] = sharding.jit_step(
+                self._plain_step_of_lanes,
+                self._ground.mesh,
+                (self._layout,) * len(calls),
+            )
+        made: Any = step(*zip(*calls))
+        return list(zip(*made))
+
+    def _plain_step_of_lanes(self, *arguments):
+        states, metrics = zip(*lanes.over(self._plain_step)(tuple(zip(*arguments))))
+        return states, metrics
 
     def _place(self, leaf: jax.Array) -> jax.Array:
         split = sharding.batch_sharding(self._ground.mesh)
@@ -363,8 +391,8 @@ class CompiledTraining:
         return () if self._step is None else self._step.programs
 
     def trained_on(self) -> Any:
-        """The batch of the latest update."""
-        return self._batch
+        """The batch of the latest update that this thread made."""
+        return getattr(self._latest, "batch", None)
 
 
 def make_optimizer(
@@ -524,9 +552,11 @@ def _named_shape(name: Any) -> dict[str, Any]:
 def cached(build: Callable[..., Built]) -> Callable[..., Built]:
     """Builds a program once for each (ground, settings), so that seeds and sweeps share compiled code.
 
-    Everything a program depends on must be in its arguments: hashable values, or config sections.
+    Everything a program depends on must be in its arguments: hashable values, or config sections. Lanes that ask at once
+    get the same one.
     """
     built: dict[Any, Built] = {}
+    building = threading.RLock()
 
     @functools.wraps(build)
     def lookup(*arguments):
@@ -536,8 +566,9 @@ def cached(build: Callable[..., Built]) -> Callable[..., Built]:
             else argument
             for argument in arguments
         )
-        if key not in built:
-            built[key] = build(*arguments)
-        return built[key]
+        with building:
+            if key not in built:
+                built[key] = build(*arguments)
+            return built[key]
 
     return lookup

@@ -1,7 +1,6 @@
 """What every recipe after SFT is given, the same for all arms of a study."""
 
 import dataclasses
-import functools
 
 import numpy as np
 
@@ -78,12 +77,19 @@ class Inputs:
             numbers["proxy"] = float(rewards.mean())
         return numbers
 
-    @functools.cached_property
+    @property
     def _reference_gold(self) -> np.ndarray:
-        """f32[N]: gold rewards of the reference policy's completions, drawn with the same random numbers."""
-        gold = self._judged(self.reference).gold
-        assert gold is not None, "asked for where the task has a gold reward"
-        return gold
+        """f32[N]: gold rewards of the reference policy's completions, drawn with the same random numbers; kept.
+
+        Not by functools.cached_property: in Python 3.11 all instances share its lock, and lanes would wait in it for each
+        other.
+        """
+        kept = vars(self)
+        if "kept_gold" not in kept:
+            gold = self._judged(self.reference).gold
+            assert gold is not None, "asked for where the task has a gold reward"
+            kept["kept_gold"] = gold
+        return kept["kept_gold"]
 
     def _judged(self, params: Params) -> PolicyEvaluation:
         return evaluate_policy(

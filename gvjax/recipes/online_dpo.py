@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gvjax import config, losses, steps
+from gvjax import config, lanes, losses, steps
 from gvjax.recipes import checks, loop
 from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
@@ -174,11 +174,11 @@ def program(ground: Ground, settings: config.OnlineDpoSection):
         beta=settings.beta,
         num_microbatches=settings.num_microbatches,
     )
-    pair_up = jax.jit(
+    pair_up = lanes.jit(
         functools.partial(
             hard_pairs if hard else soft_pairs, group_size=settings.samples_per_prompt
         )
     )
     logps_fn = ground.group_logps_fn(2)
-    add_ref = jax.jit(functools.partial(steps.with_ref_logps, logps_fn))
+    add_ref = lanes.jit(functools.partial(steps.with_ref_logps, logps_fn))
     return ground.compiler(make_step, tx, group_size=2), schedule, pair_up, add_ref

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gvjax import advantages, config, logps, losses, masked, steps
+from gvjax import advantages, config, lanes, logps, losses, masked, steps
 from gvjax.recipes import loop
 from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
@@ -170,7 +170,7 @@ def program(ground: Ground, settings: config.PolicyGradientSection):
         num_microbatches=settings.num_microbatches,
     )
 
-    @jax.jit
+    @lanes.jit
     def prepare(
         rollouts: Rollouts, ref_logps: jax.Array
     ) -> tuple[PolicyBatch, dict[str, jax.Array]]:

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gvjax import advantages, config, masked, steps
+from gvjax import advantages, config, lanes, masked, steps
 from gvjax.models import heads
 from gvjax.recipes import checks, loop
 from gvjax.recipes.ground import Ground, cached, make_optimizer
@@ -111,7 +111,7 @@ def program(ground: Ground, settings: config.PpoSection):
         num_microbatches=settings.num_microbatches,
     )
 
-    @jax.jit
+    @lanes.jit
     def prepare(
         critic: Params, rollouts: Rollouts, ref_logps: jax.Array
     ) -> tuple[ActorCriticBatch, dict[str, jax.Array]]:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gvjax import sampling, sharding, steps
+from gvjax import lanes, sampling, sharding, steps
 from gvjax.models import decoding, heads
 from gvjax.recipes.ground import Ground, cached
 from gvjax.tasks.task import Prompts
@@ -29,7 +29,7 @@ def sampler(
     init_cache = functools.partial(decoding.init_cache, ground.model, mesh=ground.mesh)
     shards = sharding.batch_shards(ground.mesh)
 
-    @jax.jit
+    @lanes.jit
     def sample(params, prompts, lengths, key, prompt_ids):
         return sampling.generate(
             decode,
@@ -85,7 +85,7 @@ def scorer(
       group_size: rows in a row that share a prompt.
     """
     logps_fn = ground.group_logps_fn(group_size)
-    return jax.jit(functools.partial(steps.completion_logps, logps_fn))
+    return lanes.jit(functools.partial(steps.completion_logps, logps_fn))
 
 
 @cached
@@ -93,7 +93,7 @@ def reward_scorer(
     ground: Ground, pooling: heads.Pooling
 ) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
     """Compiled reward model: `(params, tokens, completion_mask) -> f32[B]`."""
-    return jax.jit(ground.reward_fn(pooling))
+    return lanes.jit(ground.reward_fn(pooling))
 
 
 def in_parts(ground: Ground, rows: int, most: int) -> list[np.ndarray]:

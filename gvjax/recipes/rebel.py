@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gvjax import config, losses, masked, steps
+from gvjax import config, lanes, losses, masked, steps
 from gvjax.recipes import checks, loop
 from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
@@ -117,7 +117,7 @@ def program(ground: Ground, settings: config.RebelSection):
         num_microbatches=settings.num_microbatches,
     )
 
-    @jax.jit
+    @lanes.jit
     def prepare(
         rollouts: Rollouts, ref_logps: jax.Array
     ) -> tuple[PreferenceBatch, dict[str, jax.Array]]:

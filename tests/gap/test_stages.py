@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from gvjax import lanes
 from gvjax.gap import stages
 from gvjax.gap.stages import BusyError, Stage, StageError, Store, run_stages
 
@@ -192,6 +193,50 @@ def test_two_processes_do_not_compile_the_same_programs_at_once(store, marks):
     run_stages([one, twin, other], store, perform, workers=2, watch=Watch())
     ended = [path.name.split("-")[0] for path in sorted(marks.iterdir(), key=mark_time)]
     assert ended[2] == "2"
+
+
+UNLUCKY = 13
+
+
+def meeting(stage: Stage, store: Store, report) -> dict:
+    """The sum of its own value and those of the stages it was done with, of which one may fail."""
+    total = lanes.current().meet(add_up, (float(stage.inputs["value"]),))
+    if stage.inputs["value"] == UNLUCKY:
+        raise ValueError("nothing to add")
+    report(1, 1, {})
+    return {"total": total}
+
+
+def add_up(calls):
+    return [sum(value for (value,) in calls)] * len(calls)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_seeds_of_a_stage_are_done_together(workers, store):
+    seeds = [
+        dataclasses.replace(stage(value=seed), place=(seed, task, "DPO", 0))
+        for task in (0, 1)
+        for seed in range(10 * task, 10 * task + 3)
+    ]
+    watch = Watch()
+    run_stages(seeds, store, meeting, workers=workers, watch=watch, together=2)
+    # Of three seeds two, then one and a copy that fills its lanes.
+    totals = [store.result(each)["total"] for each in seeds]
+    assert totals == [0 + 1, 0 + 1, 2 + 2, 10 + 11, 10 + 11, 12 + 12]
+    assert sorted(watch.of("done")) == [0, 1, 2, 10, 11, 12]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_seed_that_fails_leaves_the_others_to_end(workers, store):
+    seeds = [
+        dataclasses.replace(
+            stage(value=value, label=f"seed {value}"), place=(value, 0, "DPO", 0)
+        )
+        for value in (UNLUCKY, 1)
+    ]
+    with pytest.raises(StageError, match=r"seed 13 failed:\n(?s:.*)nothing to add"):
+        run_stages(seeds, store, meeting, workers=workers, watch=Watch(), together=2)
+    assert [store.is_done(each) for each in seeds] == [False, True]
 
 
 def test_what_most_hangs_on_comes_first():

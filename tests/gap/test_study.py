@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from gvjax import config, sharding
-from gvjax.gap import planning
+from gvjax.gap import planning, progress
 from gvjax.gap.stages import Store
 
 TOUR = {"num_nodes": 6, "horizon": 4, "num_goals": 2}
@@ -199,6 +200,102 @@ def test_a_killed_worker_costs_nothing_but_its_stage(where, unbroken):
     assert kept and int(kept[1]) >= 3
     # Broken and by two processes, or unbroken and by one: the same bits.
     assert numbers(where / "two") == numbers(where / "one")
+
+
+def results_by_label(directory: pathlib.Path):
+    """(directory, result) of every stage."""
+    found = {}
+    for path in directory.glob("stages/*-*/result.json"):
+        result = json.loads(path.read_text())
+        found[result.pop("label")] = path.parent, result
+    return found
+
+
+@pytest.mark.slow
+def test_seeds_that_are_done_together_come_to_what_each_comes_to_alone(where, unbroken):
+    compare(where, "lanes", TOY, "workers=1", "seeds_together=2")
+    alone, together = (results_by_label(where / name) for name in ("one", "lanes"))
+    assert set(alone) == set(together)
+    for label, (_, expected) in alone.items():
+        _, found = together[label]
+        for number in {"gold", "kl", "length"} & set(expected):
+            assert found[number] == pytest.approx(expected[number], abs=1e-4), label
+    before = numbers(where / "lanes")
+    # A seed that has to be done again is alone in its lanes.
+    for label in ("tour seed 1: DPO 2", "tour seed 2: RLOO"):
+        shutil.rmtree(together[label][0])
+    shown = compare(where, "lanes", TOY, "workers=2", "seeds_together=2")
+    assert f"{STAGES - 2} of {STAGES} stages were done before" in shown
+    assert numbers(where / "lanes") == before
+
+
+def arm(road, recipe, steps=3, **settings):
+    settings = {"recipe": recipe, "steps": steps, "evaluate_every": 2, **settings}
+    if road == "online":
+        settings |= {"prompts_per_step": 4}
+        if recipe != "rebel":
+            settings |= {"samples_per_prompt": 4}
+    return {"road": road, "settings": settings}
+
+
+EVERY_RECIPE = {
+    **{name: part for name, part in TOY.items() if name != "augmentation"},
+    "twins": [],
+    "best_of_n": [],
+    "lora": {"rank": 2},
+    "contrasts": TOY["contrasts"][:1],
+    "arms": {
+        "DPO": arm("offline", "dpo", batch_size=16, nll_weight=0.5),
+        "HyPO": arm("offline", "hypo", batch_size=16, on_policy_prompts=8),
+        "online DPO": arm("online", "online_dpo", labels="hard"),
+        "soft": arm("online", "online_dpo", labels="soft", generation="once"),
+        "RLOO": arm("online", "policy_gradient", num_microbatches=2),
+        "GRPO": arm(
+            "online",
+            "policy_gradient",
+            algorithm="grpo",
+            kl_in="loss",
+            kl_estimator="k3",
+        ),
+        "REBEL": arm("online", "rebel"),
+    },
+}
+"""All that a study can train; adapters, which PPO has no critic on, aside."""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("adapters", [True, False])
+def test_every_recipe_comes_to_the_same_in_lanes(where, adapters):
+    study = copy.deepcopy(EVERY_RECIPE)
+    if not adapters:
+        del study["lora"]
+        study["arms"]["PPO"] = arm("online", "ppo")
+    for name, together in ((f"alone{adapters}", 1), (f"every{adapters}", 2)):
+        compare(where, name, study, "workers=2", f"seeds_together={together}")
+    alone = results_by_label(where / f"alone{adapters}")
+    for label, (_, found) in results_by_label(where / f"every{adapters}").items():
+        for number in {"gold", "kl", "length"} & set(found):
+            expected = alone[label][1][number]
+            assert found[number] == pytest.approx(expected, abs=1e-3), label
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices", "said"),
+    [
+        ({"seeds_together": 3}, 1, "seeds_together is 3, but there are 2 seeds"),
+        ({"seeds_together": 2}, 2, "seeds_together is 2, but the mesh has 2 devices"),
+    ],
+)
+def test_seeds_that_cannot_be_done_together_are_refused(overrides, devices, said):
+    mesh = {"data": devices, "fsdp": 1}
+    study = config.validate(
+        config.StudyConfig, {**TOY, **overrides, "mesh": mesh}, "toy"
+    )
+    every = jax.devices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: every()[:devices])
+        with pytest.raises(config.ConfigError, match=said):
+            progress.workers_of(study)
 
 
 @pytest.mark.slow
