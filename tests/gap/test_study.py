@@ -211,7 +211,7 @@ def results_by_label(directory: pathlib.Path):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_seeds_that_are_done_together_come_to_what_each_comes_to_alone(where, unbroken):
     compare(where, "lanes", TOY, "workers=1", "seeds_together=2")
     alone, together = (results_by_label(where / name) for name in ("one", "lanes"))
