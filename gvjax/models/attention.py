@@ -214,6 +214,7 @@ def _shared_backward(config: AttentionConfig, kept, g):
     queries, prompt, own, prompt_mask, out, log_sum, weights = kept
     slopes = None
     if weights is None:
+        queries = _once(g, queries)
         scores, slopes = _shared_scores(queries, prompt, own, prompt_mask, config)
         weights = [jnp.exp(part - log_sum) for part in scores]
     of_prompt, of_own = weights
@@ -329,6 +330,9 @@ def _blocks_forward(queries, keys, values, segments, config: AttentionConfig):
 
 def _blocks_backward(config: AttentionConfig, kept, g):
     queries, keys, values, segments, out, log_sum, known = kept
+    if known[0] is None:
+        queries = _once(g, queries)
+        keys, values = (_once(g[:, :, 0], part) for part in (keys, values))
     # A product with ones: the sum over so short an axis takes a CPU longer, and once more for every score.
     ones = jnp.ones((g.shape[-1], 1), jnp.float32)
     dots = jnp.matmul(g.astype(jnp.float32) * out, ones, precision="highest")
@@ -423,6 +427,12 @@ def _gathered(weights: jax.Array, of_queries: jax.Array) -> jax.Array:
     """
     product = _product("bkgsd,bkgst->bkdt", of_queries, weights)
     return jax.lax.optimization_barrier(product).swapaxes(2, 3)
+
+
+def _once(known: jax.Array, array: jax.Array) -> jax.Array:
+    """The array, but not before `known`, of the same shape, is: XLA keeps no order by itself, and computes the scores of all
+    layers' backward passes while it is still at the first, since nothing they need is missing."""
+    return array + (0 * known).astype(array.dtype)
 
 
 def _turned(weights: jax.Array) -> jax.Array:

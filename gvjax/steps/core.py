@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gvjax.masked import Max, Mean, Min, at_least_float32
 from gvjax.types import Metrics, Objective, Params, Step, TrainState
@@ -14,7 +15,7 @@ def init_train_state(params: Params, tx: optax.GradientTransformation) -> TrainS
     """The state at step 0.
 
     The parameters are copied: a step that donates its state would otherwise delete the buffers of the caller, who
-    often keeps them as the reference policy.
+    often keeps them as the reference policy. What is made here, counters and a head's moments, lies where they do.
 
     Args:
       params: pytree of arrays.
@@ -25,9 +26,31 @@ def init_train_state(params: Params, tx: optax.GradientTransformation) -> TrainS
         return jax.tree.map(jnp.copy, params)
 
     # The optimizer gets its own copy: some keep the parameters they are given, and a buffer can be donated once.
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32), params=copy(), opt_state=tx.init(copy())
     )
+    return _beside(params, state)
+
+
+def _beside(params: Params, state: TrainState) -> TrainState:
+    """The state with every array committed, if one of the parameters is, as a checkpoint's are.
+
+    JAX returns all of a step's outputs committed then, and would compile the step once more for those.
+    """
+    places = [leaf.sharding for leaf in jax.tree.leaves(params) if _committed(leaf)]
+    if not places:
+        return state
+    place = places[0]
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: leaf if _committed(leaf) else jax.device_put(leaf, place), state
+    )
+
+
+def _committed(leaf: jax.Array) -> bool:
+    """Whether it lies where somebody has put it; while traced, nothing does."""
+    return not isinstance(leaf, jax.core.Tracer) and getattr(leaf, "committed", False)
 
 
 def make_train_step(

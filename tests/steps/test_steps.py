@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import gvjax
 from gvjax import losses, steps
@@ -496,3 +497,22 @@ def test_a_loss_of_two_terms_weighs_the_second():
     expected = metrics["policy_loss"] + 0.3 * metrics["kl"]
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
     assert metrics["kl"] > 0
+
+
+@pytest.mark.parametrize("place", ["nowhere", "a device", "a mesh"])
+def test_a_step_is_compiled_once_wherever_its_parameters_lie(place):
+    """A checkpoint's are committed to a device; the head that a reward model gets, and counters, were not."""
+    table = TABLE["table"]
+    if place == "a device":
+        table = jax.device_put(table, jax.devices()[0])
+    if place == "a mesh":
+        mesh = jax.make_mesh((len(jax.devices()),), ("data",))
+        table = jax.device_put(table, NamedSharding(mesh, PartitionSpec()))
+    params = {"table": table, "head": jnp.ones(())}
+    step = jax.jit(
+        gvjax.make_supervised_step(logps_fn, optax.adam(0.1)), donate_argnums=0
+    )
+    state = gvjax.init_train_state(params, optax.adam(0.1))
+    for _ in range(3):
+        state, _ = step(state, jax.tree.map(np.asarray, FIRST))
+    assert step._cache_size() == 1
