@@ -110,3 +110,31 @@ def test_the_sampler_is_one_loop_whose_prompts_are_run_once():
     width = CONFIG.mlp_dim
     assert f"[{ROWS * PROMPT},{width}]" in text
     assert f"[{3 * ROWS * PROMPT},{width}]" not in text
+
+
+def test_scores_of_one_layer_are_there_at_a_time():
+    """Backwards they depend on nothing that comes backwards, and XLA would compute those of all layers at once."""
+    rows, length, heads = 4, 256, 4
+
+    def memory(layers: int) -> int:
+        model = ModelConfig(
+            vocab_size=16, embed_dim=8, num_layers=layers, num_heads=heads, mlp_dim=8
+        )
+        tx = optim.make_adamw(1e-3)
+        state = jax.eval_shape(
+            lambda: steps.init_train_state(
+                transformer.init(jax.random.key(0), model), tx
+            )
+        )
+        shape = rows, length
+        batch = SequenceBatch(
+            jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool)
+        )
+        logps_fn = transformer.token_logps_fn(model)
+        step = jax.jit(steps.make_supervised_step(logps_fn, tx), donate_argnums=0)
+        compiled = step.lower(state, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # Blocks of 128 queries over 128 and over 256 keys.
+    scores = 4 * rows * heads * 128 * (128 + 256)
+    assert (memory(6) - memory(2)) / 4 < scores
