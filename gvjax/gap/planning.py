@@ -139,12 +139,11 @@ def plan_of(
     shared: dict[str, Any] = {
         "model": study.model,
         "evaluation": study.evaluation.model_dump(),
+        # A program over lanes rounds otherwise than that of one seed.
+        "seeds_together": study.seeds_together,
     }
     if study.lora is not None:
         shared["lora"] = study.lora.model_dump()
-    if study.seeds_together > 1:
-        # A program over lanes rounds otherwise than that of one seed.
-        shared["seeds_together"] = study.seeds_together
     contents = [
         getattr(task_of(section, study.seeds[0]), "fingerprint", None)
         for section in task_sections(study)

@@ -93,6 +93,8 @@ def check_together(
 def _check_seeds_together(
     settings: config.StudyConfig | config.GapConfig,
 ) -> None:
+    if settings.seeds_together == 1:
+        return
     if settings.seeds_together > len(settings.seeds):
         raise config.ConfigError(
             f"seeds_together is {settings.seeds_together}, but there are {len(settings.seeds)} seeds; use no more"
@@ -100,7 +102,7 @@ def _check_seeds_together(
     mesh = settings.mesh
     with config.refusing("mesh"):
         size = sharding.make_mesh(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor).size  # fmt: skip
-    if size > 1 < settings.seeds_together:
+    if size > 1:
         raise config.ConfigError(
             f"seeds_together is {settings.seeds_together}, but the mesh has {size} devices, over which one seed is split"
             " already; leave it out, or run on one device"
