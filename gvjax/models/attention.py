@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from gvjax.models.xla import once
+
 Kernel = Literal["xla", "cudnn", "splash"]
 
 _MASKED = -1e30  # finite, so that a padding row which sees nothing stays finite too
@@ -214,7 +216,7 @@ def _shared_backward(config: AttentionConfig, kept, g):
     queries, prompt, own, prompt_mask, out, log_sum, weights = kept
     slopes = None
     if weights is None:
-        queries = _once(g, queries)
+        queries = once(g, queries)
         scores, slopes = _shared_scores(queries, prompt, own, prompt_mask, config)
         weights = [jnp.exp(part - log_sum) for part in scores]
     of_prompt, of_own = weights
@@ -229,13 +231,16 @@ def _shared_backward(config: AttentionConfig, kept, g):
     of_prompt, of_own = (part.astype(g.dtype) for part in (of_prompt, of_own))
     of_queries = _product("bkist,bktd->bkisd", to_prompt, prompt[0])
     of_queries += _product("bkist,bkitd->bkisd", to_own, own[0])
-    prompt_found = (
-        _product("bkist,bkisd->bktd", to_prompt, queries),
-        _product("bkist,bkisd->bktd", of_prompt, g),
-    )
+    prompt_found = _gathered(to_prompt, queries), _gathered(of_prompt, g)
+
+    def each(
+        part,
+    ):  # [N, K, k, ...] -> [N, K · k, 1, ...]: every completion hands to keys of its own.
+        return part.reshape(part.shape[0], -1, 1, *part.shape[3:])
+
     own_found = (
-        _product("bkits,bkisd->bkitd", _turned(to_own), queries),
-        _product("bkits,bkisd->bkitd", _turned(of_own), g),
+        _gathered(each(to_own), each(queries)).reshape(own[0].shape),
+        _gathered(each(of_own), each(g)).reshape(own[1].shape),
     )
     like = (queries, prompt, own)
     found = (of_queries, prompt_found, own_found)
@@ -331,8 +336,8 @@ def _blocks_forward(queries, keys, values, segments, config: AttentionConfig):
 def _blocks_backward(config: AttentionConfig, kept, g):
     queries, keys, values, segments, out, log_sum, known = kept
     if known[0] is None:
-        queries = _once(g, queries)
-        keys, values = (_once(g[:, :, 0], part) for part in (keys, values))
+        queries = once(g, queries)
+        keys, values = (once(g[:, :, 0], part) for part in (keys, values))
     # A product with ones: the sum over so short an axis takes a CPU longer, and once more for every score.
     ones = jnp.ones((g.shape[-1], 1), jnp.float32)
     dots = jnp.matmul(g.astype(jnp.float32) * out, ones, precision="highest")
@@ -427,17 +432,6 @@ def _gathered(weights: jax.Array, of_queries: jax.Array) -> jax.Array:
     """
     product = _product("bkgsd,bkgst->bkdt", of_queries, weights)
     return jax.lax.optimization_barrier(product).swapaxes(2, 3)
-
-
-def _once(known: jax.Array, array: jax.Array) -> jax.Array:
-    """The array, but not before `known`, of the same shape, is: XLA keeps no order by itself, and computes the scores of all
-    layers' backward passes while it is still at the first, since nothing they need is missing."""
-    return array + (0 * known).astype(array.dtype)
-
-
-def _turned(weights: jax.Array) -> jax.Array:
-    """The last two axes exchanged, in memory too: XLA's CPU is slow at many small products whose first operand is not."""
-    return jax.lax.optimization_barrier(weights.swapaxes(-1, -2))
 
 
 def _joined(blocks: list[jax.Array]) -> jax.Array:

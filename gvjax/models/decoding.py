@@ -97,6 +97,13 @@ def decode_fn(
         x = transformer.constrain(
             transformer.embed(config, params, tokens, positions), mesh
         )
+        # The last token only: the logits of a whole prompt batch would dwarf the cache.
+        last = jnp.argmax(positions, axis=1)
+
+        def kept(part):
+            places = last.reshape(-1, *(1,) * (part.ndim - 1))
+            return jnp.take_along_axis(part, places, axis=1)
+
         new_keys, new_values = [], []
         for layer in range(config.num_layers):
 
@@ -134,15 +141,12 @@ def decode_fn(
                 {"params": transformer.layer_of(params["layers"], layer)},
                 x,
                 batch,
-                layers.rotation_of(positions, config, layer),
+                layers.rotation_of(positions, config, layer, platform),
                 attend,
+                kept if count > 1 and layer == config.num_layers - 1 else None,
             )
             new_keys.append(keys)
             new_values.append(values)
-        # The last token only: the logits of a whole prompt batch would dwarf the cache.
-        last = jnp.argmax(positions, axis=1)
-        x = x.reshape(batch, count, config.embed_dim)
-        x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         x = transformer.normed(config, params, x)
         cache = {
             "keys": tuple(new_keys),

@@ -75,23 +75,30 @@ def group_logps_fn(
             )
             return jnp.concatenate([of_prompts, of_completions], axis=1)
 
+        # The first token of every completion is predicted by the last of the prompt; what else the prompt has to say, its
+        # keys and values say.
+        last = jnp.maximum(prompt_lengths - 1, 0)
+
+        def kept(part):
+            places = last.reshape(-1, *(1,) * (part.ndim - 1))
+            of_prompts = jnp.take_along_axis(part[:, :width], places, axis=1)
+            return jnp.concatenate([of_prompts, part[:, width:]], axis=1)
+
         states = transformer.run_layers(
             config,
             params,
             jnp.concatenate([prompts, read], axis=1),
             jnp.concatenate([jnp.broadcast_to(places, prompts.shape), behind], axis=1),
             attend,
+            kept=kept,
             mesh=mesh,
             platform=platform,
         )
-        # The first token of every completion is predicted by the last of the prompt.
-        last = jnp.maximum(prompt_lengths - 1, 0)[:, None, None]
-        last = jnp.take_along_axis(states[:, :width], last, axis=1)[:, None]
         shape = (number, group, 1, config.embed_dim)
         states = jnp.concatenate(
             [
-                jnp.broadcast_to(last, shape),
-                states[:, width:].reshape(number, group, run, config.embed_dim),
+                jnp.broadcast_to(states[:, None, :1], shape),
+                states[:, 1:].reshape(number, group, run, config.embed_dim),
             ],
             axis=2,
         ).reshape(number * group, length, -1)

@@ -347,7 +347,9 @@ def _placed(
             pieces[key] = _piece(weights, config, leaf, index)
         return pieces[key]
 
-    return jax.make_array_from_callback(leaf.shape, place, piece, dtype=jnp.float32)
+    array = jax.make_array_from_callback(leaf.shape, place, piece, dtype=jnp.float32)
+    # On a CPU the array would share numpy's memory, and that cannot be given to a step which updates it in place.
+    return jnp.copy(array)
 
 
 def _piece(

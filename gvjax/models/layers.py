@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gvjax.models.config import ACTIVATIONS, ModelConfig
+from gvjax.models.xla import once, settled
 
 PROJECTIONS = ("query", "key", "value")
 """The linear layers that attention reads with, in the order in which `together` holds them."""
@@ -86,13 +87,16 @@ class Linear(nn.Module):
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
+Kept = Callable[[jax.Array], jax.Array]
+"""[B, T, ...] -> [B, T', ...]: the positions whose states go on."""
+
 
 class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, batch: int, rotation, attend: Attend, skip: int = 0
+        self, x: jax.Array, batch: int, rotation, attend: Attend, kept: Kept | None
     ):
         c = self.config
 
@@ -114,8 +118,35 @@ class Attention(nn.Module):
             queries = Norm(c, name="query_norm")(queries)
             keys = Norm(c, name="key_norm")(keys)
         out, cache = attend(_rotate(queries, rotation), _rotate(keys, rotation), values)
-        out = out[:, skip:].reshape(-1, c.num_heads * c.width)
+        if kept:
+            out = kept(out)
+        out = out.reshape(-1, c.num_heads * c.width)
         return Linear(c.embed_dim, c.output_bias, name="output")(out), cache
+
+
+def _activate(x: jax.Array, up: jax.Array | None, activation) -> jax.Array:
+    y = activation(x)
+    return y if up is None else y * up
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _activated(x: jax.Array, up: jax.Array | None, activation) -> jax.Array:
+    """activation(x), times `up` where there is one. The gradient computes the activation again: what lies between is as
+    large as x, and every layer would keep two or three of it until the backward pass."""
+    return _activate(x, up, activation)
+
+
+def _activated_forward(x, up, activation):
+    return _activate(x, up, activation), (x, up)
+
+
+def _activated_backward(activation, kept, g):
+    x, up = kept
+    _, pull = jax.vjp(lambda *args: _activate(*args, activation), once(g, x), up)
+    return pull(g)
+
+
+_activated.defvjp(_activated_forward, _activated_backward)
 
 
 class Mlp(nn.Module):
@@ -127,9 +158,10 @@ class Mlp(nn.Module):
         activation = ACTIVATIONS[c.activation]
         up = Linear(c.mlp_dim, c.mlp_bias, name="up")(x)
         if c.mlp_gated:
-            up = activation(Linear(c.mlp_dim, c.mlp_bias, name="gate")(x)) * up
+            gate = Linear(c.mlp_dim, c.mlp_bias, name="gate")(x)
+            up = _activated(gate, up, activation)
         else:
-            up = activation(up)
+            up = _activated(up, None, activation)
         return Linear(c.embed_dim, c.mlp_bias, name="down")(up)
 
 
@@ -138,9 +170,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, batch: int, rotation, attend: Attend, skip: int = 0
+        self,
+        x: jax.Array,
+        batch: int,
+        rotation,
+        attend: Attend,
+        kept: Kept | None = None,
     ):
-        """The layer's output, and its cache; of the first `skip` positions only keys and values are made."""
+        """The layer's output, and its cache; of positions that are not kept only keys and values are made."""
 
         def norm(name: str, x: jax.Array) -> jax.Array:
             return Norm(self.config, self.config.norm == "layer", name=name)(x)
@@ -149,17 +186,19 @@ class Block(nn.Module):
             return norm(name, x) if self.config.post_norms else x
 
         mixed, cache = Attention(self.config, name="attention")(
-            norm("attention_norm", x), batch, rotation, attend, skip
+            norm("attention_norm", x), batch, rotation, attend, kept
         )
-        if skip:
-            x = x.reshape(batch, -1, x.shape[-1])[:, skip:].reshape(-1, x.shape[-1])
+        if kept:
+            x = kept(x.reshape(batch, -1, x.shape[-1])).reshape(-1, x.shape[-1])
         after = x + post_norm("attention_post_norm", mixed)
         read = x if self.config.parallel_residual else after
         out = Mlp(self.config, name="mlp")(norm("mlp_norm", read))
         return after + post_norm("mlp_post_norm", out), cache
 
 
-def rotation_of(positions: jax.Array, config: ModelConfig, layer: int):
+def rotation_of(
+    positions: jax.Array, config: ModelConfig, layer: int, platform: str | None
+):
     """cos and sin f32[B, S, 1, r / 2] of the angles by which a layer turns its queries and keys; None turns nothing."""
     if config.learned_positions is not None:
         return None
@@ -174,7 +213,12 @@ def rotation_of(positions: jax.Array, config: ModelConfig, layer: int):
         kept = jnp.clip((turns - low) / (high - low), 0, 1)
         frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions[..., None].astype(jnp.float32) / scale * frequencies
-    return jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    tables = jnp.cos(angles), jnp.sin(angles)
+    # Else a CPU computes them for every head, which takes it longer than turning them.
+    if platform in (None, "cpu"):
+        tables = map(settled, tables)
+    cos, sin = tables
+    return cos[..., None, :], sin[..., None, :]
 
 
 def _rotate(x: jax.Array, rotation) -> jax.Array:

@@ -30,7 +30,7 @@ from gvjax import logps
 from gvjax.models import draws
 from gvjax.models.attention import causal_attention
 from gvjax.models.config import ModelConfig
-from gvjax.models.layers import PROJECTIONS, Block, Norm, rotation_of
+from gvjax.models.layers import PROJECTIONS, Block, Kept, Norm, rotation_of
 from gvjax.types import Params
 
 PARTITION_RULES = (
@@ -61,7 +61,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
       Nested dict of float32 arrays, as in the module's docstring.
     """
     x = jnp.zeros((1, config.embed_dim))
-    rotation = rotation_of(jnp.zeros((1, 1), jnp.int32), config, 0)
+    rotation = rotation_of(jnp.zeros((1, 1), jnp.int32), config, 0, None)
 
     def blank_layer(_):
         block, unused = Block(config), jax.random.key(0)
@@ -177,7 +177,7 @@ def hidden(
         tokens,
         positions,
         attend,
-        skip=skip,
+        kept=(lambda part: part[:, skip:]) if skip else None,
         mesh=mesh,
         platform=platform,
     )
@@ -190,26 +190,29 @@ def run_layers(
     positions: jax.Array,
     attend: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array],
     *,
-    skip: int = 0,
+    kept: Kept | None = None,
     mesh: Mesh | None = None,
     platform: str | None = None,
 ) -> jax.Array:
     """The embeddings, all layers and the last norm, whoever says which token attends to which.
 
     Args:
-      config, params, skip, mesh, platform: as for `hidden`.
+      config, params, mesh, platform: as for `hidden`.
       tokens: int32[B, T].
       positions: int32[B, T] or [1, T], the position of each in its sequence, from 0.
       attend: `(layer, queries [B, T, H, hd], keys [B, T, K, hd], values [B, T, K, hd]) -> [B, T, H, hd]`.
+      kept: `[B, T, ...] -> [B, T', ...]`, the positions whose states are asked for: of the others the last layer makes only
+        keys and values. None: all.
 
     Returns:
-      [B, T − skip, D] in the config's dtype.
+      [B, T', D] in the config's dtype.
     """
-    batch, length = tokens.shape
-    arrange = _arranging(mesh, platform_of(mesh, platform))
+    batch = len(tokens)
+    platform = platform_of(mesh, platform)
+    arrange = _arranging(mesh, platform)
 
-    def run(layer: int, skip: int = 0):
-        rotation = rotation_of(positions, config, layer)
+    def run(layer: int, kept: Kept | None = None):
+        rotation = rotation_of(positions, config, layer, platform)
 
         def apply_layer(x, layer_params):
             x, _ = Block(config).apply(
@@ -218,7 +221,7 @@ def run_layers(
                 batch,
                 rotation,
                 lambda *heads: (attend(layer, *heads), None),
-                skip,
+                kept,
             )
             return constrain(x, mesh)
 
@@ -231,7 +234,7 @@ def run_layers(
     x = constrain(embed(config, params, tokens, positions), mesh)
     # A scan walks over whole periods, so that what differs between layers stays static; the rest is unrolled.
     period = config.period
-    scan = scans(config, platform_of(mesh, platform))
+    scan = scans(config, platform)
     scanned = config.num_layers // period * period if scan else 0
     layers = params["layers"]
     if scanned:
@@ -247,11 +250,10 @@ def run_layers(
         x, _ = jax.lax.scan(body, x, stacked)
     last = config.num_layers - 1
     for layer in range(scanned, config.num_layers):
-        x = run(layer, skip if layer == last else 0)(x, layer_of(layers, layer))
-    if scanned == config.num_layers:
-        x = x.reshape(batch, length, -1)[:, skip:].reshape(-1, config.embed_dim)
-    x = normed(config, params, x)
-    return x.reshape(batch, length - skip, config.embed_dim)
+        x = run(layer, kept if layer == last else None)(x, layer_of(layers, layer))
+    if kept and scanned == config.num_layers:
+        x = kept(x.reshape(batch, -1, config.embed_dim)).reshape(-1, config.embed_dim)
+    return normed(config, params, x).reshape(batch, -1, config.embed_dim)
 
 
 def scans(config: ModelConfig, platform: str | None) -> bool:

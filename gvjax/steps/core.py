@@ -11,23 +11,26 @@ from gvjax.masked import Max, Mean, Min, at_least_float32
 from gvjax.types import Metrics, Objective, Params, Step, TrainState
 
 
-def init_train_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-    """The state at step 0.
-
-    The parameters are copied: a step that donates its state would otherwise delete the buffers of the caller, who
-    often keeps them as the reference policy. What is made here, counters and a head's moments, lies where they do.
+def init_train_state(
+    params: Params, tx: optax.GradientTransformation, *, copy: bool = True
+) -> TrainState:
+    """The state at step 0. What is made here, counters and a head's moments, lies where the parameters do.
 
     Args:
       params: pytree of arrays.
       tx: the optax transform the step will use.
+      copy: whether the state gets copies of them: a step that donates its state deletes its buffers, and the caller often
+        keeps the parameters as the reference policy. False gives them away, and memory holds them once.
     """
 
-    def copy() -> Params:
+    def copied() -> Params:
         return jax.tree.map(jnp.copy, params)
 
     # The optimizer gets its own copy: some keep the parameters they are given, and a buffer can be donated once.
     state = TrainState(
-        step=jnp.zeros((), jnp.int32), params=copy(), opt_state=tx.init(copy())
+        step=jnp.zeros((), jnp.int32),
+        params=copied() if copy else params,
+        opt_state=tx.init(copied()),
     )
     return _beside(params, state)
 

@@ -42,7 +42,8 @@ def jit(step):
 
 def logps_function(prompt_length, completion_length, group_size):
     """The model's log-probabilities; in variant shared, with each prompt run once."""
-    plain, group = transformer.token_logps_fn(config), groups.group_logps_fn(config)
+    plain = transformer.token_logps_fn(config, shortest_prompt=prompt_length)
+    group = groups.group_logps_fn(config)
     model = SharedPrompts(group, plain, prompt_length, completion_length, group_size)
     return model if "shared" in V else plain
 
@@ -50,7 +51,7 @@ def logps_function(prompt_length, completion_length, group_size):
 def user_sft(batches):
     tx = adamw()
     step = jit(gvjax.make_supervised_step(transformer.token_logps_fn(config), tx))
-    state = gvjax.init_train_state(params, tx)
+    state = gvjax.init_train_state(params, tx, copy=False)
     for batch in batches:
         state, metrics = step(state, batch)
         yield metrics
@@ -59,7 +60,8 @@ def user_sft(batches):
 def user_rm(batches):
     tx = adamw()
     step = jit(gvjax.make_reward_step(heads.reward_fn(config, pooling="last"), tx))
-    state = gvjax.init_train_state(heads.init(jax.random.key(0), config, params), tx)
+    model = heads.init(jax.random.key(0), config, params)
+    state = gvjax.init_train_state(model, tx, copy=False)
     for batch in batches:
         state, metrics = step(state, batch)
         yield metrics

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """How a step's cost grows, CPU-seconds on random tokens: length, DPO and reward against SFT, micro-batches, packed rows.
 
-python scaling.py [--steps 3]          one process, one table; the llama-30m shape, float32
+python scaling.py [--steps 3] [--shape llama-30m]          one process, one table, float32
+python scaling.py --shape pythia-1.4b --layers 2 --length   a shape too large for a CPU: some of its layers, how length counts
 """
 
 import argparse
+import dataclasses
 import functools
 import time
 
@@ -14,17 +16,8 @@ import numpy as np
 import gvjax
 from gvjax import optim, runtime
 from gvjax.data import packing
-from gvjax.models import heads, transformer
-from gvjax.models.config import ModelConfig
+from gvjax.models import heads, shapes, transformer
 
-CONFIG = ModelConfig(
-    vocab_size=8192,
-    embed_dim=512,
-    num_layers=8,
-    num_heads=8,
-    mlp_dim=1376,
-    rope_theta=1e6,
-)
 PROMPT, LENGTH, LONG = 512, 640, 2048
 
 
@@ -42,13 +35,13 @@ def measured(make_step, params, batch, steps: int) -> float:
     return float(np.median(spent[2:]))
 
 
-def sequences(rng, rows: int, length: int, start: int) -> gvjax.SequenceBatch:
-    tokens = rng.integers(3, CONFIG.vocab_size, (rows, length), dtype=np.int32)
+def sequences(rng, vocabulary, rows, length, start) -> gvjax.SequenceBatch:
+    tokens = rng.integers(3, vocabulary, (rows, length), dtype=np.int32)
     mask = np.broadcast_to(np.arange(length) >= start, tokens.shape)
     return gvjax.SequenceBatch(tokens, mask)
 
 
-def packed_rows(rng, rows: int) -> gvjax.SequenceBatch:
+def packed_rows(rng, vocabulary, rows) -> gvjax.SequenceBatch:
     """Some of the rows that 400 sequences of 64 to LENGTH tokens are packed into."""
     lengths = rng.integers(64, LENGTH + 1, 400)
     bins = packing.pack(lengths, LENGTH)
@@ -57,31 +50,52 @@ def packed_rows(rng, rows: int) -> gvjax.SequenceBatch:
         each = lengths[list(bins[which])]
         numbers = np.repeat(1 + np.arange(len(each)), each)
         segments[row, : len(numbers)] = numbers
-    tokens = rng.integers(3, CONFIG.vocab_size, segments.shape, dtype=np.int32)
+    tokens = rng.integers(3, vocabulary, segments.shape, dtype=np.int32)
     return gvjax.SequenceBatch(tokens, segments > 0, segments)
+
+
+def network(name: str, layers: int | None):
+    """A shape; of fewer layers, with as much less of its vocabulary, so that the parts cost what they do of the whole."""
+    config = shapes.shape(name)
+    if layers is None:
+        return config
+    vocabulary = config.vocab_size * layers // config.num_layers
+    return dataclasses.replace(config, num_layers=layers, vocab_size=vocabulary)
 
 
 def main():
     runtime.configure(keep_programs=False)
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=3)
-    steps = parser.parse_args().steps
+    parser.add_argument("--shape", default="llama-30m", help="one of gvjax' shapes")
+    parser.add_argument("--layers", type=int, help="so many of its layers; all")
+    parser.add_argument("--length", action="store_true", help="the first row only")
+    options = parser.parse_args()
+    steps = options.steps
+    config = network(options.shape, options.layers)
     rng = np.random.default_rng(0)
-    params = transformer.init(jax.random.key(0), CONFIG)
-    logps_fn = transformer.token_logps_fn(CONFIG)
+    params = transformer.init(jax.random.key(0), config)
+    logps_fn = transformer.token_logps_fn(config)
 
-    def sft(rows, length, **options):
-        make = functools.partial(gvjax.make_supervised_step, logps_fn, **options)
-        return measured(make, params, sequences(rng, rows, length, 0), steps)
+    def sft(rows, length, **more):
+        make = functools.partial(gvjax.make_supervised_step, logps_fn, **more)
+        batch = sequences(rng, config.vocab_size, rows, length, 0)
+        return measured(make, params, batch, steps)
+
+    def show(name, value, bar):
+        print(f"| {name} | {value:.2f} | {bar:.2f} |", flush=True)
 
     usual = sft(2, LENGTH)
-    long = sft(1, LONG)
-    micro = sft(4, LENGTH, num_microbatches=2)
-    packed = packed_rows(rng, 4)
-    make = functools.partial(gvjax.make_supervised_step, logps_fn)
-    real = int(packed.completion_mask.sum())
-    packed_token = measured(make, params, packed, steps) / real
-    halves = [sequences(rng, 1, LENGTH, PROMPT) for _ in range(2)]
+    per_token = usual / (2 * LENGTH)
+    print(f"SFT step of 2 x {LENGTH} tokens: {usual:.2f} CPU-s")
+    print("| | measured | bar |\n|---|---|---|")
+    long = sft(1, LONG) / LONG
+    show(f"a token at {LONG} over one at {LENGTH}", long / per_token, 1.15)
+    if options.length:
+        return
+    halves = [sequences(rng, config.vocab_size, 1, LENGTH, PROMPT) for _ in range(2)]
     zero = np.zeros(1, np.float32)
     pair = gvjax.PreferenceBatch(*halves, zero, zero)
     update = measured(
@@ -93,28 +107,26 @@ def main():
     for _ in range(steps):
         jax.block_until_ready(add_ref(params, pair))
     dpo = update + (time.process_time() - begun) / steps
-    scorer = heads.reward_fn(CONFIG, pooling="last")
+    show("DPO (reference included) over SFT", dpo / usual, 1.35)
+    scorer = heads.reward_fn(config, pooling="last")
     reward = measured(
         functools.partial(gvjax.make_reward_step, scorer),
-        heads.init(jax.random.key(1), CONFIG, params),
+        heads.init(jax.random.key(1), config, params),
         pair,
         steps,
     )
-    per_token = usual / (2 * LENGTH)
-    print("| | measured | bar |\n|---|---|---|")
-    for name, value, bar in (
-        (f"a token at {LONG} over one at {LENGTH}", long / LONG / per_token, 1.15),
-        ("DPO (reference included) over SFT", dpo / usual, 1.35),
-        ("reward over SFT", reward / usual, 1.0),
-        ("2 micro-batches over 2 steps", micro / (2 * usual), 1.03),
-        (
-            "a token of packed rows over one of full ones",
-            packed_token / per_token,
-            1 / 0.9,
-        ),
-    ):
-        print(f"| {name} | {value:.2f} | {bar:.2f} |", flush=True)
-    print(f"SFT step of 2 x {LENGTH} tokens: {usual:.2f} CPU-s")
+    show("reward over SFT", reward / usual, 1.0)
+    micro = sft(4, LENGTH, num_microbatches=2)
+    show("2 micro-batches over 2 steps", micro / (2 * usual), 1.03)
+    packed = packed_rows(rng, config.vocab_size, 4)
+    make = functools.partial(gvjax.make_supervised_step, logps_fn)
+    real = int(packed.completion_mask.sum())
+    packed_token = measured(make, params, packed, steps) / real
+    show(
+        "a token of packed rows over one of full ones",
+        packed_token / per_token,
+        1 / 0.9,
+    )
 
 
 main()

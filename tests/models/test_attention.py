@@ -98,7 +98,7 @@ def test_rotation_turns_pairs_of_the_rotated_part_only():
         rope_theta=100.0,
     )
     x = jnp.arange(1.0, 9.0).reshape(1, 1, 1, 8)
-    rotation = layers.rotation_of(jnp.array([[3]]), config, 0)
+    rotation = layers.rotation_of(jnp.array([[3]]), config, 0, None)
     got = layers._rotate(x, rotation)[0, 0, 0]
     # Pairs (1, 3) and (2, 4) turn by 3 · 100⁰ and 3 · 100^(−1/2); 5 to 8 stand still.
     a, b = 3.0, 0.3

@@ -1,5 +1,6 @@
 """What the compiled programs hold: no whole logits, no call to the host, the old state's memory used again."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -16,8 +17,9 @@ from gvjax.types import PreferenceBatch, SequenceBatch, SharedPrompts
 ROWS, PROMPT, COMPLETION, VOCABULARY, CHUNK = 4, 40, 24, 113, 32
 WIDTH = PROMPT + COMPLETION
 CONFIG = ModelConfig(
-    vocab_size=VOCABULARY, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=48
+    vocab_size=VOCABULARY, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=40
 )
+ONE_LAYER = dataclasses.replace(CONFIG, num_layers=1)
 
 
 def shapes_of(tree):
@@ -35,15 +37,17 @@ def most_logits(text: str) -> int:
 
 
 @functools.cache
-def dpo(shared: bool) -> tuple[jax.stages.Compiled, int]:
+def dpo(shared: bool, config: ModelConfig = CONFIG) -> tuple[jax.stages.Compiled, int]:
     """A compiled DPO step, and the number of arrays in its state."""
-    plain = transformer.token_logps_fn(CONFIG, chunk_size=CHUNK)
-    grouped = groups.group_logps_fn(CONFIG, chunk_size=CHUNK)
+    plain = transformer.token_logps_fn(
+        config, chunk_size=CHUNK, shortest_prompt=PROMPT, platform="cpu"
+    )
+    grouped = groups.group_logps_fn(config, chunk_size=CHUNK)
     model = SharedPrompts(grouped, plain, PROMPT, COMPLETION, 2)
     logps_fn = model if shared else plain
     tx = optim.make_adamw(1e-3)
     state = jax.eval_shape(
-        lambda: steps.init_train_state(transformer.init(jax.random.key(0), CONFIG), tx)
+        lambda: steps.init_train_state(transformer.init(jax.random.key(0), config), tx)
     )
     half = SequenceBatch(
         jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.int32),
@@ -56,16 +60,16 @@ def dpo(shared: bool) -> tuple[jax.stages.Compiled, int]:
 
 
 @functools.cache
-def sampler() -> str:
+def sampler(config: ModelConfig = CONFIG) -> str:
     """The program that samples 3 completions of each of 4 prompts."""
-    params = transformer.init_shapes(CONFIG)
+    params = transformer.init_shapes(config)
 
     @jax.jit
     def sample(params, prompts, lengths, key):
         return sampling.generate(
-            decoding.decode_fn(CONFIG),
-            functools.partial(decoding.init_cache, CONFIG),
-            decoding.decode_params(CONFIG, params),
+            decoding.decode_fn(config),
+            functools.partial(decoding.init_cache, config),
+            decoding.decode_params(config, params),
             prompts,
             lengths,
             key,
@@ -112,29 +116,83 @@ def test_the_sampler_is_one_loop_whose_prompts_are_run_once():
     assert f"[{3 * ROWS * PROMPT},{width}]" not in text
 
 
+def test_the_last_layer_runs_what_is_asked_for():
+    """Of prompts the last token predicts; the others have done their part when the last layer has their keys and values."""
+    width = CONFIG.mlp_dim
+    of_completions = 2 * (COMPLETION - 1)
+    for text, all_rows, asked_for in (
+        (sampler(ONE_LAYER), ROWS * PROMPT, ROWS),
+        (
+            dpo(True, ONE_LAYER)[0].as_text(),
+            ROWS * (PROMPT + of_completions),
+            ROWS * (1 + of_completions),
+        ),
+        (
+            dpo(False, ONE_LAYER)[0].as_text(),
+            2 * ROWS * (WIDTH - 1),
+            2 * ROWS * COMPLETION,
+        ),
+    ):
+        assert f"[{asked_for},{width}]" in text
+        assert f"[{all_rows},{width}]" not in text
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared prompts"])
+def test_angles_are_computed_once_and_not_at_every_head(shared):
+    """A loop over what reads them would hold their cosine, and compute it for every number it writes."""
+    positions = ROWS * (PROMPT + 2 * COMPLETION) if shared else WIDTH
+    loops = [c for c in dpo(shared)[0].as_text().split("\n\n") if " cosine(" in c]
+    assert loops
+    for loop in loops:
+        found = re.search(r"ROOT \S+ = f32\[([\d,]+)\]", loop)
+        assert found is not None, loop
+        written = math.prod(map(int, found[1].split(",")))
+        assert written <= positions * CONFIG.width // 2
+
+
+def memory(model: ModelConfig, rows: int, length: int) -> int:
+    """Bytes that an SFT step holds besides its state and its batch."""
+    tx = optim.make_adamw(1e-3)
+    state = jax.eval_shape(
+        lambda: steps.init_train_state(transformer.init(jax.random.key(0), model), tx)
+    )
+    shape = rows, length
+    batch = SequenceBatch(
+        jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool)
+    )
+    logps_fn = transformer.token_logps_fn(model)
+    step = jax.jit(steps.make_supervised_step(logps_fn, tx), donate_argnums=0)
+    return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+
 def test_scores_of_one_layer_are_there_at_a_time():
     """Backwards they depend on nothing that comes backwards, and XLA would compute those of all layers at once."""
     rows, length, heads = 4, 256, 4
-
-    def memory(layers: int) -> int:
-        model = ModelConfig(
-            vocab_size=16, embed_dim=8, num_layers=layers, num_heads=heads, mlp_dim=8
-        )
-        tx = optim.make_adamw(1e-3)
-        state = jax.eval_shape(
-            lambda: steps.init_train_state(
-                transformer.init(jax.random.key(0), model), tx
-            )
-        )
-        shape = rows, length
-        batch = SequenceBatch(
-            jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool)
-        )
-        logps_fn = transformer.token_logps_fn(model)
-        step = jax.jit(steps.make_supervised_step(logps_fn, tx), donate_argnums=0)
-        compiled = step.lower(state, batch).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
+    model = ModelConfig(
+        vocab_size=16, embed_dim=8, num_layers=2, num_heads=heads, mlp_dim=8
+    )
+    deeper = dataclasses.replace(model, num_layers=6)
     # Blocks of 128 queries over 128 and over 256 keys.
     scores = 4 * rows * heads * 128 * (128 + 256)
-    assert (memory(6) - memory(2)) / 4 < scores
+    assert (memory(deeper, rows, length) - memory(model, rows, length)) / 4 < scores
+
+
+@pytest.mark.parametrize(
+    ("gated", "activation", "kept"),
+    [(True, "silu", 3), (False, "silu", 2), (False, "gelu_tanh", 2)],
+)
+def test_a_layer_keeps_what_enters_and_leaves_its_activation(gated, activation, kept):
+    """And nothing between: arrays as wide as the MLP are the larger part of what the backward pass finds."""
+    rows, length, width = 4, 64, 512
+    model = ModelConfig(
+        vocab_size=16,
+        embed_dim=8,
+        num_layers=2,
+        num_heads=1,
+        mlp_dim=width,
+        mlp_gated=gated,
+        activation=activation,
+    )
+    deeper = dataclasses.replace(model, num_layers=6)
+    grown = (memory(deeper, rows, length) - memory(model, rows, length)) / 4
+    assert kept <= grown / (4 * rows * length * width) < kept + 0.5

@@ -86,6 +86,16 @@ def test_a_donated_state_takes_nothing_from_the_caller():
     assert updated.step == 1
 
 
+def test_parameters_given_away_are_held_once():
+    params = {"table": TABLE["table"] + 0.0}
+    state = gvjax.init_train_state(params, keeps_params(), copy=False)
+    assert state.params["table"] is params["table"]
+    step = gvjax.make_dpo_step(logps_fn, keeps_params())
+    updated, _ = jax.jit(step, donate_argnums=0)(state, PAIRS)
+    assert params["table"].is_deleted()
+    np.testing.assert_array_equal(updated.opt_state["table"], TABLE["table"])
+
+
 def test_a_swapped_pair_turns_the_margin_around():
     step = gvjax.make_dpo_step(logps_fn, SGD, beta=0.5)
     swapped = PreferenceBatch(
