@@ -201,9 +201,11 @@ class Program:
             return self._alone(*arguments)
         return lanes.meet(self._together, arguments)
 
-    def lower(self, *arguments: Any) -> jax.stages.Lowered:
-        """The function of one seed, lowered for arrays or jax.ShapeDtypeStructs."""
-        return self._alone.lower(*arguments)
+    def lower(self, *arguments: Any, count: int = 1) -> jax.stages.Lowered:
+        """What one seed runs, or `count` lanes of them do, lowered for arrays or jax.ShapeDtypeStructs."""
+        if count == 1:
+            return self._alone.lower(*arguments)
+        return self._together.lower((arguments,) * count)
 
 
 def jit(function: Callable[..., Any]) -> Program:

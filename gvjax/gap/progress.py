@@ -21,6 +21,7 @@ from gvjax.gap.stages import (
     Store,
     run_stages,
 )
+from gvjax.recipes import checks
 
 
 def do_all(
@@ -95,18 +96,10 @@ def _check_seeds_together(
 ) -> None:
     if settings.seeds_together == 1:
         return
-    if settings.seeds_together > len(settings.seeds):
-        raise config.ConfigError(
-            f"seeds_together is {settings.seeds_together}, but there are {len(settings.seeds)} seeds; use no more"
-        )
     mesh = settings.mesh
     with config.refusing("mesh"):
         size = sharding.make_mesh(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor).size  # fmt: skip
-    if size > 1:
-        raise config.ConfigError(
-            f"seeds_together is {settings.seeds_together}, but the mesh has {size} devices, over which one seed is split"
-            " already; leave it out, or run on one device"
-        )
+    checks.check_seeds_together(settings, size)
 
 
 def workers_of(settings: config.StudyConfig | config.GapConfig) -> int:

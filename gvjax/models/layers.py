@@ -142,7 +142,8 @@ def _activated_forward(x, up, activation):
 
 def _activated_backward(activation, kept, g):
     x, up = kept
-    _, pull = jax.vjp(lambda *args: _activate(*args, activation), once(g, x), up)
+    again = functools.partial(_activate, activation=activation)
+    _, pull = jax.vjp(again, once(g, x), up)
     return pull(g)
 
 
@@ -213,11 +214,10 @@ def rotation_of(
         kept = jnp.clip((turns - low) / (high - low), 0, 1)
         frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions[..., None].astype(jnp.float32) / scale * frequencies
-    tables = jnp.cos(angles), jnp.sin(angles)
-    # Else a CPU computes them for every head, which takes it longer than turning them.
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     if platform in (None, "cpu"):
-        tables = map(settled, tables)
-    cos, sin = tables
+        # Else they are computed for every head, which takes longer than turning it.
+        cos, sin = settled(cos), settled(sin)
     return cos[..., None, :], sin[..., None, :]
 
 

@@ -80,6 +80,15 @@ class Part:
     section: config.Recipe
     more: dict[str, Any]
 
+    @property
+    def seeds(self) -> int:
+        """How many are done at once."""
+        return self.more.get("seeds", 1)
+
+    def of_seeds(self, seeds: int) -> "Part":
+        """The same of another number of seeds at once."""
+        return dataclasses.replace(self, more={**self.more, "seeds": seeds})
+
     def stage(self, ground: Ground, **changes: Any) -> Stage:
         """What it compiles on a ground, some of its fields changed."""
         section = self.section.model_copy(update=changes)
@@ -100,6 +109,7 @@ def parts_of(settings: config.RunConfig | config.StudyConfig) -> list[Part]:
     shared: dict[str, Any] = {
         "evaluated": settings.evaluation.validation_prompts,
         "pooling": settings.reward.pooling,
+        "seeds": settings.seeds_together,
     }
     parts = [
         Part("sft", settings.sft, {**shared, "pairs": None, "evaluated": 0}),
@@ -157,6 +167,8 @@ def plan(
 
     label = ""
     ground, compiler = on(settings.model, settings.mesh)
+    if isinstance(settings, config.StudyConfig):
+        checks.check_seeds_together(settings, ground.mesh.size)
     parts = parts_of(settings)
     if only:
         names = [part.name for part in parts]
@@ -214,17 +226,26 @@ def _remedies(
     compiler: Compiler,
     on: Callable[..., tuple[Ground, Compiler]],
 ) -> Iterator[tuple[str, int]]:
-    """Changes that keep the numbers a run comes to, and make it fit: smaller slices of the batch, remat, sharding."""
+    """Changes that keep the numbers a run comes to, and make it fit: fewer seeds at once, smaller slices of the batch, remat,
+    sharding."""
     model, mesh = settings.model, settings.mesh
     changes: list[tuple[str, dict, config.MeshSection]] = []
-    fields: list[str] = []
+    alone: list[str] = []
+    while part.seeds > 1:
+        part = part.of_seeds(part.seeds // 2)
+        alone = [f"seeds_together={part.seeds}"]
+        found = _planned(part.stage(ground), compiler, target)
+        if found.fits:
+            yield alone[0], found.peak
+            return
+    fields = alone
     # The cheapest first: what recomputes less takes less time.
     for policy in REMAT[REMAT.index(ground.model.remat) + 1 :]:
-        fields = [f"model.remat={policy}"]
+        fields = [*alone, f"model.remat={policy}"]
         model = {**model, "remat": policy}
-        changes.append((fields[0], model, mesh))
+        changes.append((" ".join(fields), model, mesh))
     if ground.mesh.shape["data"] > 1:
-        fields += ["mesh.data=1", "mesh.fsdp=-1"]
+        fields = [*fields, "mesh.data=1", "mesh.fsdp=-1"]
         mesh = mesh.model_copy(update={"data": 1, "fsdp": -1})
         changes.append((" ".join(fields), model, mesh))
     for text, changed_model, changed_mesh in changes:

@@ -52,7 +52,8 @@ class Program:
     Attributes:
       name: what it does.
       key: equal for equal programs, so that recipes share compilations.
-      lower: lowers it for ShapeDtypeStructs on the mesh.
+      lower: lowers it for ShapeDtypeStructs on the mesh, for all seeds that are done at once.
+      seeds: that it runs for at once: all of them, or where it makes what one begins with, 1.
       arguments: which of the stage's `held` are its arguments or its results.
       early: it runs before there is a train state, so that neither its parameters nor the optimizer are there yet.
       donates: bytes per device that it must hand on in place; 0 where it donates nothing.
@@ -63,6 +64,7 @@ class Program:
     name: str
     key: Hashable
     lower: Callable[[], jax.stages.Lowered]
+    seeds: int = 1
     arguments: tuple[str, ...] = ()
     early: bool = False
     donates: int = 0
@@ -76,20 +78,27 @@ class Stage:
 
     Attributes:
       name: for people.
-      held: bytes per device of what stays in memory, by name.
+      held: bytes per device of what stays in memory, by name, of one seed.
       programs: in the order in which they first run.
       batch: the field that says how many rows an update takes, with its value; None where nothing is trained.
+      seeds: that are done at once.
     """
 
     name: str
     held: dict[str, int]
     programs: tuple[Program, ...]
     batch: tuple[str, int] | None = None
+    seeds: int = 1
 
     def beside(self, program: Program) -> int:
         """Bytes per device of what lies in memory while a program runs and is not among its arguments."""
-        away = {*program.arguments, *(_STATE if program.early else ())}
-        return sum(size for name, size in self.held.items() if name not in away)
+        total = 0
+        for name, size in self.held.items():
+            if program.early and name in _STATE:
+                continue
+            read = program.seeds if name in program.arguments else 0
+            total += size * (self.seeds - read)
+        return total
 
 
 _STATE = ("params", "optimizer")
@@ -119,6 +128,7 @@ def stage_of(
     evaluated: int,
     select: str = "last",
     pooling: str = "sum",
+    seeds: int = 1,
 ) -> Stage:
     """What a recipe holds and compiles.
 
@@ -130,8 +140,9 @@ def stage_of(
       evaluated: prompts that the policy is judged on; 0: none.
       select: `best` keeps a second copy of the policy.
       pooling: of the reward model that scores.
+      seeds: that are done at once.
     """
-    parts = _Parts(ground, pooling)
+    parts = _Parts(ground, pooling, seeds)
     programs = list(parts.sampled_pairs(pairs)) if pairs is not None else []
     held = {"reference": bytes_per_device(parts.policy)}
     match section:
@@ -256,7 +267,7 @@ def stage_of(
             prompts = parts.part(ground.rows_per_call // section.n)
             sampling = parts.sampling(prompts, section.n, arguments=("reference",))
             judging = parts.judging(section.rewards, prompts * section.n, held)
-            return Stage(name, held, (*programs, sampling, *judging))
+            return Stage(name, held, (*programs, sampling, *judging), seeds=seeds)
         case _:
             raise TypeError(f"no rule for what {type(section).__name__} compiles")
     return parts.stage(
@@ -269,8 +280,9 @@ def stage_of(
 class _Parts:
     """The shapes and programs that recipes share, on one ground."""
 
-    def __init__(self, ground: Ground, pooling: str):
+    def __init__(self, ground: Ground, pooling: str, seeds: int):
         self._ground = ground
+        self._seeds = seeds
         self._pooling: Any = pooling
         self._split = sharding.batch_sharding(ground.mesh)
         self._length = ground.prompt_length + ground.completion_length
@@ -327,8 +339,9 @@ class _Parts:
     # Arithmetic.
 
     def _work(self, flops: float, data: float) -> Work:
-        """Both are split over all devices, except that every data shard reads its own copy of the matrices."""
-        return Work(flops / self._ground.mesh.size, data)
+        """Both are split over all devices, except that every data shard reads its own copy of the matrices, and are of all
+        seeds that are done at once."""
+        return Work(self._seeds * flops / self._ground.mesh.size, self._seeds * data)
 
     def _matrices(self) -> float:
         """Bytes of the network's matrices that one pass reads on each device."""
@@ -344,10 +357,8 @@ class _Parts:
 
     def training(self, rows: int, *, scored: bool = True) -> Work:
         one = self.forward(rows, scored=scored)
-        return Work(
-            cost.TRAINING * one.flops,
-            cost.TRAINING * one.bytes + 7 * bytes_per_device(self.policy),
-        )
+        updated = self._seeds * 7 * bytes_per_device(self.policy)
+        return Work(cost.TRAINING * one.flops, cost.TRAINING * one.bytes + updated)
 
     # Programs.
 
@@ -360,10 +371,12 @@ class _Parts:
         )
         held: tuple[str, ...] = more.pop("arguments", ())
         lower: Any = function
+        seeds = self._seeds
         return Program(
             name,
-            ("call", id(function), made_of),
-            lambda: lower.lower(*arguments),
+            ("call", id(function), made_of, seeds),
+            lambda: lower.lower(*arguments, count=seeds),
+            seeds=seeds,
             arguments=held,
             **more,
         )
@@ -401,6 +414,7 @@ class _Parts:
         state = compiled.state_shapes(params)
         frozen = self._base if base else None
         read = () if frozen is None else ("reference",)
+        seeds = self._seeds
         return [
             Program(
                 "start",
@@ -410,10 +424,11 @@ class _Parts:
             ),
             Program(
                 "train step",
-                ("step", id(compiled)),
-                lambda: compiled.lower_step(params, batch, frozen),
+                ("step", id(compiled), seeds),
+                lambda: compiled.lower_step(params, batch, frozen, seeds),
+                seeds=seeds,
                 arguments=(*_STATE, *read),
-                donates=bytes_per_device(state),
+                donates=seeds * bytes_per_device(state),
                 work=work,
             ),
         ]
@@ -440,6 +455,7 @@ class _Parts:
         data = ground.completion_length * step / mesh.shape["tensor"]
         split = mesh.shape["tensor"]
         cache = -(-rows // shards) * self._length * cost.cache_bytes(model) // split
+        cache *= self._seeds
         ids = self._rows(prompts, dtype=jnp.int32)
         policy = self.policy
         if self._base is not None and "params" in arguments:
@@ -519,7 +535,8 @@ class _Parts:
         """A stage that trains: what it holds in the end, and the judging of its policy."""
         params = bytes_per_device(trained)
         step = next(each for each in programs if each.name == "train step")
-        held = {"params": params, "optimizer": step.donates - params, **held}
+        optimizer = step.donates // self._seeds - params
+        held = {"params": params, "optimizer": optimizer, **held}
         if best:
             held["best policy"] = bytes_per_device(self.policy)
         if evaluated and section.recipe != "sft":
@@ -529,4 +546,4 @@ class _Parts:
         # What is judged with may be what was sampled or scored with before.
         once = {(each.key, each.arguments, each.early): each for each in programs}
         batch = (field, getattr(section, field))
-        return Stage(name, held, tuple(once.values()), batch)
+        return Stage(name, held, tuple(once.values()), batch, self._seeds)

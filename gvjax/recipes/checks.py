@@ -45,6 +45,24 @@ def check_rows(section: config.Recipe, ground: Ground) -> None:
         sharding.check_batch_size(ground.mesh, section.batch_rows, "a batch of size")
 
 
+def check_seeds_together(settings: config.StudyConfig | config.GapConfig, devices: int):
+    """Seeds that are done at once share one device, of whose time a single one leaves much.
+
+    Raises:
+      ConfigError: there are fewer seeds, or the mesh has several devices.
+    """
+    together = settings.seeds_together
+    if together > len(settings.seeds):
+        raise config.ConfigError(
+            f"seeds_together is {together}, but there are {len(settings.seeds)} seeds; use no more"
+        )
+    if together > 1 and devices > 1:
+        raise config.ConfigError(
+            f"seeds_together is {together}, but the mesh has {devices} devices, over which one seed is split already;"
+            " leave it out, or run on one device"
+        )
+
+
 def check_masks(batch: SequenceBatch) -> None:
     """Every row must have a prompt before its completion, and some row a completion."""
     mask = sharding.fetch(batch.completion_mask)

@@ -319,12 +319,18 @@ class CompiledTraining:
         return self._start.lower(params)
 
     def lower_step(
-        self, params: Params, batch: Any, base: Params | None = None
+        self, params: Params, batch: Any, base: Params | None = None, count: int = 1
     ) -> jax.stages.Lowered:
-        """The program of `step` for ShapeDtypeStructs, not yet compiled."""
-        state = self.state_shapes(params)
+        """The program of `step`, or that of `count` lanes, for ShapeDtypeStructs, not yet compiled."""
+        arguments = (
+            self.state_shapes(params),
+            batch,
+            *(() if base is None else (base,)),
+        )
+        if count > 1:
+            return self._step_of(count).lower(*((leaf,) * count for leaf in arguments))
         assert self._step is not None
-        return self._step.lower(state, batch, *(() if base is None else (base,)))
+        return self._step.lower(*arguments)
 
     def _lay_out(self, params: Params) -> None:
         """Decides where the state lives: known once the parameters' shapes are."""
@@ -365,15 +371,15 @@ class CompiledTraining:
 
     def _of_lanes(self, calls: lanes.Calls) -> list[tuple[TrainState, Metrics]]:
         """The step of each lane, all by one program."""
-        step = self._steps_of_lanes.get(len(calls))
-        if step is None:
-            step = self._steps_of_lanes[len(calls)] = sharding.jit_step(
-                self._plain_step_of_lanes,
-                self._ground.mesh,
-                (self._layout,) * len(calls),
-            )
-        made: Any = step(*zip(*calls))
+        made: Any = self._step_of(len(calls))(*zip(*calls))
         return list(zip(*made))
+
+    def _step_of(self, count: int) -> sharding.ShardedStep:
+        if count not in self._steps_of_lanes:
+            self._steps_of_lanes[count] = sharding.jit_step(
+                self._plain_step_of_lanes, self._ground.mesh, (self._layout,) * count
+            )
+        return self._steps_of_lanes[count]
 
     def _plain_step_of_lanes(self, *arguments):
         states, metrics = zip(*lanes.over(self._plain_step)(tuple(zip(*arguments))))

@@ -21,11 +21,11 @@ TINY = "tests/plan/tiny.yaml"
 VOCABULARY, WIDTH = 768, 256
 
 PEAKS = {
-    "sample 64 x 2": 22_122_496,
+    "sample 64 x 2": 21_924_352,
     "start": 6_839_296,
-    "train step": 60_030_464,
-    "sample 64 x 1": 21_282_304,
-    "score 64": 17_029_120,
+    "train step": 60_027_392,
+    "sample 64 x 1": 20_152_832,
+    "score 64": 16_629_248,
 }
 """Bytes per device on v5e-4."""
 

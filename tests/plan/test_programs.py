@@ -8,7 +8,7 @@ import pytest
 from gvjax import config
 from gvjax.plan import fitting, programs
 from gvjax.plan.compiling import Compiled
-from gvjax.recipes import single
+from gvjax.recipes import checks, single
 from gvjax.recipes.ground import ground_of, task_of
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -33,8 +33,10 @@ def test_a_study_is_planned_recipe_by_recipe(ground):
         assert part.stage(ground).programs
 
 
-@pytest.mark.parametrize("recipe", [*single.TRAIN, "sft", "reward", "best_of_n"])
-def test_every_recipe_has_a_plan_whose_programs_compile(ground, recipe):
+RECIPES = [*single.TRAIN, "sft", "reward", "best_of_n"]
+
+
+def small_section(recipe):
     small = {
         "steps": 2,
         "batch_size": 4,
@@ -48,7 +50,12 @@ def test_every_recipe_has_a_plan_whose_programs_compile(ground, recipe):
         for section in config.Recipe.__subclasses__()
     }[recipe]
     given = {name: size for name, size in small.items() if name in kind.model_fields}
-    section = kind(**given)
+    return kind(**given)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_a_plan_whose_programs_compile(ground, recipe):
+    section = small_section(recipe)
     stage = programs.stage_of(
         recipe, section, ground, pairs=None, evaluated=4, select="best"
     )
@@ -101,6 +108,42 @@ def test_what_lies_beside_a_program(ground):
     assert stage.beside(sample) == total - stage.held["params"]
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_seeds_that_are_done_at_once_are_planned_as_one_program(ground, recipe):
+    part = fitting.Part(recipe, small_section(recipe), {"pairs": None, "evaluated": 4})
+    one, three = part.stage(ground), part.of_seeds(3).stage(ground)
+    assert three.held == one.held
+    for program, alone in zip(three.programs, one.programs, strict=True):
+        arguments, single = (
+            len(jax.tree.leaves(each.lower().in_avals)) for each in (program, alone)
+        )
+        assert arguments == program.seeds * single
+        if program.seeds == 1:
+            # What the other two hold lies beside what one begins with.
+            assert three.beside(program) >= one.beside(alone)
+            continue
+        assert program.seeds == 3
+        assert three.beside(program) == 3 * one.beside(alone)
+        assert program.work.flops == 3 * alone.work.flops
+        assert program.donates == 3 * alone.donates
+    made_once = {program.name for program in three.programs if program.seeds == 1}
+    assert made_once <= {"init", "init reward model", "start"}
+    assert len(made_once) < len(three.programs)
+
+
+def test_a_study_says_how_many_seeds_are_done_at_once():
+    together = STUDY.model_copy(update={"seeds_together": 2})
+    assert {part.seeds for part in fitting.parts_of(together)} == {2}
+    assert {part.seeds for part in fitting.parts_of(STUDY)} == {1}
+
+
+def test_seeds_at_once_need_one_device():
+    together = STUDY.model_copy(update={"seeds": (0, 1), "seeds_together": 2})
+    checks.check_seeds_together(together, 1)
+    with pytest.raises(config.ConfigError, match="mesh has 4 devices"):
+        checks.check_seeds_together(together, 4)
+
+
 def test_a_tensor_axis_over_hosts_is_refused():
     from gvjax.plan import targets
 
@@ -113,13 +156,17 @@ def test_a_tensor_axis_over_hosts_is_refused():
 class FakePart:
     """A recipe whose stages are named by what was changed about them."""
 
-    def __init__(self, rows=64):
-        self.rows = rows
+    def __init__(self, rows=64, seeds=1):
+        self.rows, self.seeds = rows, seeds
         self.section = config.DpoSection(batch_size=rows)
+
+    def of_seeds(self, seeds):
+        return FakePart(self.rows, seeds)
 
     def stage(self, ground, **changes):
         made = {"batch_size": self.rows, "num_microbatches": 1, **changes}
-        name = f"{made['batch_size']} {made['num_microbatches']} {ground.model.remat}"
+        rows = self.seeds * made["batch_size"]
+        name = f"{rows} {made['num_microbatches']} {ground.model.remat}"
         return programs.Stage(name, {}, (), ("batch_size", made["batch_size"]))
 
 
@@ -142,16 +189,19 @@ def test_the_largest_batch_is_found_by_bisection(ground, gib_a_row):
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected", "gib"),
+    ("rows", "seeds", "expected", "gib"),
     [
         # Half of 64 GiB is too much still; in two slices it is 16.
-        (64, "model.remat=full num_microbatches=2", 16),
-        (32, "model.remat=full", 16),
+        (64, 1, "model.remat=full num_microbatches=2", 16),
+        (32, 1, "model.remat=full", 16),
         # The cheapest that fits.
-        (20, "model.remat=dots", 15),
+        (20, 1, "model.remat=dots", 15),
+        # Seeds one after the other cost nothing.
+        (8, 4, "seeds_together=2", 16),
+        (20, 3, "seeds_together=1 model.remat=dots", 15),
     ],
 )
-def test_what_would_fit(ground, gib_a_row, rows, expected, gib):
+def test_what_would_fit(ground, gib_a_row, rows, seeds, expected, gib):
     def on(model, mesh):
         return ground_of(
             task_of(STUDY.task, 0),
@@ -160,7 +210,7 @@ def test_what_would_fit(ground, gib_a_row, rows, expected, gib):
             devices=jax.devices()[:1],
         ), None
 
-    part = FakePart(rows)
+    part = FakePart(rows, seeds)
     found = fitting._remedies(part, STUDY, None, ground, None, on)
     assert list(found) == [(expected, gib * 2**30)]
 
