@@ -386,8 +386,10 @@ class _Span(NamedTuple):
 
 
 def _spans(length: int, window: int | None) -> list[_Span]:
-    # Blocks of 128 measured fastest on a CPU; at most 16 of them keep long programs short.
-    size = max(128, -(-length // 16))
+    # Measured on a CPU: products of larger blocks are faster, and more of each is masked, at a window's edge too. At most 16
+    # of them keep long programs short, and 512 queries their memory.
+    quarter = 128 if window is not None else 2 ** int(np.log2(max(length // 4, 1)))
+    size = max(128, min(quarter, 512), -(-length // 16))
     return [
         _Span(
             start,

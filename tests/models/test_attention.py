@@ -25,7 +25,7 @@ def naive(queries, keys, values, config, segments):
     return out
 
 
-@pytest.mark.parametrize("length", [7, 300])
+@pytest.mark.parametrize("length", [7, 300, 1030])
 @pytest.mark.parametrize(
     "config",
     [AttentionConfig(0.5), AttentionConfig(0.5, window=5, softcap=0.7)],
