@@ -236,14 +236,10 @@ NEED_MORE_ROWS = (
 """Studies of real rows that load and plan here, and take no steps."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        # All but the smallest where asked for.
         name
-        if name == "smoke.yaml"
-        else pytest.param(name, marks=pytest.mark.exhaustive)
         for name, path in zip(NAMES, PATHS)
         if name not in NEED_MORE_ROWS
         # The other size of Pythia and SmolLM2 have the same arms, or fewer.
@@ -251,6 +247,7 @@ NEED_MORE_ROWS = (
         and path.parent in (ROOT, ROOT / "paper", ROOT / "paper" / "tldr", ROOT / "gap")
     ],
 )
+@pytest.mark.exhaustive
 def test_studies_take_two_steps_in_every_arm(name, tmp_path, elsewhere):
     verb = VERBS[type(config.load(ROOT / name))]
     data = shrunk(localised(reading.read(ROOT / name), elsewhere))

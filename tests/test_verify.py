@@ -83,7 +83,7 @@ def test_a_fast_subset_passes(capsys, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_everything_passes(seed):
     assert main(["--seed", str(seed)]) == 0
 

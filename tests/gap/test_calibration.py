@@ -120,7 +120,7 @@ def test_the_request_must_make_sense(capsys):
     assert "at least 10 studies" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_small_calibration_contradicts_no_rule(tmp_path):
     """The command's code on 60 studies a kind: a rule is contradicted where Wilson's interval excludes it.
 

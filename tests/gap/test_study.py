@@ -183,7 +183,7 @@ def workers_of(process: subprocess.Popen) -> list[int]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_killed_worker_costs_nothing_but_its_stage(where, unbroken):
     process = start(where, "two", TOY, "workers=2")

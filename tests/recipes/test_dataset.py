@@ -252,7 +252,7 @@ CASES = {
     [
         # The rest of the online road differs from these by what stands in other tests.
         recipe
-        if recipe in ("dpo", "online_dpo", "policy_gradient")
+        if recipe in ("dpo", "online_dpo")
         else pytest.param(recipe, marks=pytest.mark.exhaustive)
         for recipe in CASES
     ],

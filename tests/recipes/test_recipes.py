@@ -188,14 +188,14 @@ def check_metrics(run, names):
         assert all(v is not None and math.isfinite(v) for v in line.values()), line
 
 
-SLOW = {f"{name}, KL in loss" for name in ALGORITHMS} - {"grpo, KL in loss"}
-SLOW |= {"online dpo", "rebel learns", "hypo learns", "rejection learns"}
+LATER = {f"{name}, KL in loss" for name in ALGORITHMS} - {"grpo, KL in loss"}
+LATER |= {"online dpo", "rebel learns", "hypo learns", "rejection learns"}
 
 
 def marked(names):
-    """The names, those that a short run can do without marked slow."""
+    """The names, those that a short run can do without left to `-m exhaustive`."""
     return [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        pytest.param(name, marks=[pytest.mark.exhaustive] if name in LATER else [])
         for name in names
     ]
 

@@ -52,7 +52,9 @@ def kill_and_resume(preloaded, whole, recipe: str, kills: int, seed: int) -> Non
         attempt += 1
 
 
-@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param("sft", marks=pytest.mark.exhaustive), "dpo"]
+)
 def test_killed_a_few_times_it_ends_in_the_same_bits(preloaded, whole, recipe):
     kill_and_resume(preloaded, whole, recipe, kills=2, seed=1)
 

@@ -158,7 +158,7 @@ def test_a_stuck_loader_ends_all_within_the_configured_time(preloaded, pair):
     assert "in stuck" in group[1].said()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_frozen_process_ends_all_within_the_configured_time(preloaded, pair):
     command = [*sft("frozen"), "timeouts.heartbeat=4"]
     act = [("slow_rounds", 0.2)]
