@@ -236,6 +236,7 @@ NEED_MORE_ROWS = (
 """Studies of real rows that load and plan here, and take no steps."""
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "name",
     [
@@ -247,7 +248,6 @@ NEED_MORE_ROWS = (
         and path.parent in (ROOT, ROOT / "paper", ROOT / "paper" / "tldr", ROOT / "gap")
     ],
 )
-@pytest.mark.exhaustive
 def test_studies_take_two_steps_in_every_arm(name, tmp_path, elsewhere):
     verb = VERBS[type(config.load(ROOT / name))]
     data = shrunk(localised(reading.read(ROOT / name), elsewhere))

@@ -233,9 +233,8 @@ def _shared_backward(config: AttentionConfig, kept, g):
     of_queries += _product("bkist,bkitd->bkisd", to_own, own[0])
     prompt_found = _gathered(to_prompt, queries), _gathered(of_prompt, g)
 
-    def each(
-        part,
-    ):  # [N, K, k, ...] -> [N, K · k, 1, ...]: every completion hands to keys of its own.
+    # [N, K, k, ...] -> [N, K · k, 1, ...]: every completion hands to keys of its own.
+    def each(part):
         return part.reshape(part.shape[0], -1, 1, *part.shape[3:])
 
     own_found = (

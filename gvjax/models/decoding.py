@@ -57,9 +57,7 @@ def decode_params(config: ModelConfig, params: Params) -> Params:
     def cast(p):
         return p.astype(config.dtype) if p.ndim > 1 else p
 
-    layers = tuple(
-        transformer.layer_of(params["layers"], i) for i in range(config.num_layers)
-    )
+    layers = transformer.apart(params["layers"])
     return jax.tree.map(cast, {**params, "layers": layers})
 
 
@@ -101,11 +99,10 @@ def decode_fn(
         last = jnp.argmax(positions, axis=1)
 
         def kept(part):
-            places = last.reshape(-1, *(1,) * (part.ndim - 1))
-            return jnp.take_along_axis(part, places, axis=1)
+            return layers.at(part, last)
 
         new_keys, new_values = [], []
-        for layer in range(config.num_layers):
+        for layer, layer_params in enumerate(transformer.apart(params["layers"])):
 
             def attend(queries, keys, values, layer=layer):
                 written = tuple(
@@ -138,7 +135,7 @@ def decode_fn(
                 return out.astype(queries.dtype), written
 
             x, (keys, values) = layers.Block(config).apply(
-                {"params": transformer.layer_of(params["layers"], layer)},
+                {"params": layer_params},
                 x,
                 batch,
                 layers.rotation_of(positions, config, layer, platform),

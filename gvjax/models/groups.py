@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from gvjax.models import transformer
 from gvjax.models.attention import causal_attention, group_attention
 from gvjax.models.config import ModelConfig
+from gvjax.models.layers import at
 from gvjax.types import GroupLogpsFn
 
 
@@ -80,8 +81,7 @@ def group_logps_fn(
         last = jnp.maximum(prompt_lengths - 1, 0)
 
         def kept(part):
-            places = last.reshape(-1, *(1,) * (part.ndim - 1))
-            of_prompts = jnp.take_along_axis(part[:, :width], places, axis=1)
+            of_prompts = at(part[:, :width], last)
             return jnp.concatenate([of_prompts, part[:, width:]], axis=1)
 
         states = transformer.run_layers(

@@ -349,7 +349,7 @@ def _placed(
 
     array = jax.make_array_from_callback(leaf.shape, place, piece, dtype=jnp.float32)
     # On a CPU the array would share numpy's memory, and that cannot be given to a step which updates it in place.
-    return jnp.copy(array)
+    return jax.device_put(array, place, may_alias=False)
 
 
 def _piece(

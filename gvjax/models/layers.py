@@ -91,6 +91,12 @@ Kept = Callable[[jax.Array], jax.Array]
 """[B, T, ...] -> [B, T', ...]: the positions whose states go on."""
 
 
+def at(part: jax.Array, place: jax.Array) -> jax.Array:
+    """[B, 1, ...]: one position of every row, by place int32[B], of [B, T, ...]."""
+    index = place.reshape(-1, *(1,) * (part.ndim - 1))
+    return jnp.take_along_axis(part, index, axis=1)
+
+
 class Attention(nn.Module):
     config: ModelConfig
 

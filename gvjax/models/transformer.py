@@ -243,14 +243,14 @@ def run_layers(
         )
 
         def body(x, period_params):
-            for layer in range(period):
-                x = run(layer)(x, layer_of(period_params, layer))
+            for layer, layer_params in enumerate(apart(period_params)):
+                x = run(layer)(x, layer_params)
             return x, None
 
         x, _ = jax.lax.scan(body, x, stacked)
     last = config.num_layers - 1
     if scanned < config.num_layers:
-        each = layers if isinstance(layers, tuple) else _apart(layers)
+        each = apart(layers)
         for layer in range(scanned, config.num_layers):
             x = run(layer, kept if layer == last else None)(x, each[layer])
     if kept and scanned == config.num_layers:
@@ -403,17 +403,13 @@ def normed(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     return states
 
 
-def layer_of(layers: Params, index: int) -> Params:
-    """One layer's parameters, of stacked ones or of a tuple."""
+def apart(layers: Params) -> tuple[Params, ...]:
+    """Every layer of stacked ones, or of those that are apart already."""
     if isinstance(layers, tuple):
-        return layers[index]
-    return jax.tree.map(lambda p: p[index], layers)
-
-
-def _apart(layers: Params) -> list[Params]:
-    """Every layer of stacked ones."""
+        return layers
     leaves, treedef = jax.tree.flatten(layers)
-    return [jax.tree.unflatten(treedef, each) for each in zip(*map(_pieces, leaves))]
+    pieces = zip(*map(_pieces, leaves))
+    return tuple(jax.tree.unflatten(treedef, each) for each in pieces)
 
 
 @jax.custom_vjp

@@ -21,7 +21,10 @@ def stage_json(planned: Planned, target: Target) -> dict[str, Any]:
         "peak": planned.peak,
         "usable": int(planned.usable),
         "headroom": int(planned.usable) - planned.peak,
-        "held": planned.stage.held,
+        "held": {
+            name: planned.stage.seeds * size
+            for name, size in planned.stage.held.items()
+        },
         "batch": planned.stage.batch,
         "largest_batch": planned.most,
         "remedies": planned.remedies,
@@ -32,7 +35,9 @@ def stage_json(planned: Planned, target: Target) -> dict[str, Any]:
 def _row_json(row: Row, planned: Planned, target: Target) -> dict[str, Any]:
     program, compiled = row.program, row.compiled
     held = planned.stage.held
-    parts = {name: held[name] for name in program.arguments if name in held}
+    parts = {
+        name: program.seeds * held[name] for name in program.arguments if name in held
+    }
     parts["beside"] = row.beside
     parts["cache"] = program.cache
     parts["activations"] = max(row.total - sum(parts.values()), 0)

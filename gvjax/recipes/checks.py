@@ -45,7 +45,9 @@ def check_rows(section: config.Recipe, ground: Ground) -> None:
         sharding.check_batch_size(ground.mesh, section.batch_rows, "a batch of size")
 
 
-def check_seeds_together(settings: config.StudyConfig | config.GapConfig, devices: int):
+def check_seeds_together(
+    settings: config.StudyConfig | config.GapConfig, devices: int
+) -> None:
     """Seeds that are done at once share one device, of whose time a single one leaves much.
 
     Raises:

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from gvjax import config
-from gvjax.plan import fitting, programs
+from gvjax.plan import fitting, programs, report, targets
 from gvjax.plan.compiling import Compiled
 from gvjax.recipes import checks, single
 from gvjax.recipes.ground import ground_of, task_of
@@ -131,6 +131,22 @@ def test_seeds_that_are_done_at_once_are_planned_as_one_program(ground, recipe):
     assert len(made_once) < len(three.programs)
 
 
+def test_what_a_program_of_several_seeds_reads_is_shown_of_all(ground):
+    part = fitting.Part("dpo", small_section("dpo"), {"pairs": None, "evaluated": 4})
+    shown = []
+    for seeds in (1, 3):
+        stage = part.of_seeds(seeds).stage(ground)
+        step = next(each for each in stage.programs if each.name == "train step")
+        row = fitting.Row(step, Compiled(2**20 * seeds), stage.beside(step))
+        planned = fitting.Planned(stage, (row,), 2.0**30)
+        shown.append(report.stage_json(planned, targets.target("v5e-1")))
+    one, three = shown
+    assert three["held"] == {name: 3 * size for name, size in one["held"].items()}
+    parts, of_three = (each["programs"][0]["parts"] for each in shown)
+    assert of_three == {name: 3 * size for name, size in parts.items()}
+    assert parts["activations"] > 0
+
+
 def test_a_study_says_how_many_seeds_are_done_at_once():
     together = STUDY.model_copy(update={"seeds_together": 2})
     assert {part.seeds for part in fitting.parts_of(together)} == {2}
@@ -145,8 +161,6 @@ def test_seeds_at_once_need_one_device():
 
 
 def test_a_tensor_axis_over_hosts_is_refused():
-    from gvjax.plan import targets
-
     mesh = config.MeshSection(data=1, fsdp=-1, tensor=16)
     with pytest.raises(config.ConfigError, match="beyond a host"):
         fitting.check_mesh(mesh, targets.target("h100-32"))

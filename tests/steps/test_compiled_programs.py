@@ -165,16 +165,21 @@ def memory(model: ModelConfig, rows: int, length: int) -> int:
     return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
 
 
+def memory_of_a_layer(model: ModelConfig, rows: int, length: int) -> float:
+    """By how much it grows with each layer."""
+    deeper = dataclasses.replace(model, num_layers=model.num_layers + 4)
+    return (memory(deeper, rows, length) - memory(model, rows, length)) / 4
+
+
 def test_scores_of_one_layer_are_there_at_a_time():
     """Backwards they depend on nothing that comes backwards, and XLA would compute those of all layers at once."""
     rows, length, heads = 4, 256, 4
     model = ModelConfig(
         vocab_size=16, embed_dim=8, num_layers=2, num_heads=heads, mlp_dim=8
     )
-    deeper = dataclasses.replace(model, num_layers=6)
     # Blocks of 128 queries over 128 and over 256 keys.
     scores = 4 * rows * heads * 128 * (128 + 256)
-    assert (memory(deeper, rows, length) - memory(model, rows, length)) / 4 < scores
+    assert memory_of_a_layer(model, rows, length) < scores
 
 
 @pytest.mark.parametrize(
@@ -193,6 +198,5 @@ def test_a_layer_keeps_what_enters_and_leaves_its_activation(gated, activation, 
         mlp_gated=gated,
         activation=activation,
     )
-    deeper = dataclasses.replace(model, num_layers=6)
-    grown = (memory(deeper, rows, length) - memory(model, rows, length)) / 4
+    grown = memory_of_a_layer(model, rows, length)
     assert kept <= grown / (4 * rows * length * width) < kept + 0.5
