@@ -4,6 +4,7 @@ Everything here is a pure function of arrays that may stand inside a larger jitt
 be one program.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -318,10 +319,20 @@ def _truncate(logits: jax.Array, top_k: int | None, top_p: float | None) -> jax.
 def _inverse_cdf(logits: jax.Array, uniform: jax.Array) -> jax.Array:
     """int32[B]: the token at which the cumulative probability passes a uniform number in [0, 1).
 
-    One random number a row, not one a token of the vocabulary: on a CPU 7 times as fast as Gumbel noise at V = 8192. A
-    token of probability 0 is never drawn: u = 0 passes over the ones in front, u < 1 stops before those behind.
+    One random number a row, not one a token of the vocabulary: on a CPU 7 times as fast as Gumbel noise at V = 8192. Sums
+    run over blocks of the vocabulary and then within the one that is hit: no row is summed up token by token. A token of
+    probability 0 is never drawn: u = 0 passes over the ones in front, u < 1 stops before those behind.
     """
+    width = 2 ** math.ceil(math.log2(logits.shape[-1]) / 2)
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    cumulative = jnp.cumsum(weights, axis=-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    return jnp.sum(cumulative <= threshold, axis=-1)
+    weights = jnp.pad(weights, ((0, 0), (0, -logits.shape[-1] % width)))
+    blocks = weights.reshape(len(logits), -1, width)
+    ends = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+    threshold = uniform[:, None] * ends[:, -1:]
+    block = jnp.sum(ends <= threshold, axis=-1, keepdims=True)
+    inside = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
+    before = jnp.where(block > 0, jnp.take_along_axis(ends, block - 1, axis=-1), 0.0)
+    passed = jnp.cumsum(inside, axis=-1) <= threshold - before
+    # The block's sum was made in another order, and may be an ulp more than where its tokens' sums end.
+    last = jnp.max(jnp.where(inside > 0, jnp.arange(width), 0), axis=-1)
+    return block[:, 0] * width + jnp.minimum(jnp.sum(passed, axis=-1), last)

@@ -1,21 +1,30 @@
-"""`gvjax bench`: rows that run, rates by hand, refusals before anything is compiled, ratios. Nothing here is a timed test."""
+"""`gvjax bench`: rows that run, rates by hand, refusals before anything is compiled, ratios. No test here is timed."""
 
+import contextlib
 import dataclasses
 import json
+import math
+import pathlib
 import time
+import weakref
 
 import jax
 import numpy as np
 import pytest
 
-from gvjax import sharding
+from gvjax import config, sharding
 from gvjax.__main__ import main
 from gvjax.bench import command, report, request, timing, works
 from gvjax.bench.footing import Footing
 from gvjax.bench.request import Request, Sizes, make_request
 from gvjax.bench.timing import Ceilings, Row, Work
+from gvjax.data import schema, sources
 from gvjax.models import cost
 from gvjax.models.config import ModelConfig
+from gvjax.plan import compiling, fitting, targets
+from gvjax.recipes import sft
+from gvjax.recipes.loop import Clock
+from gvjax.types import SharedPrompts
 
 MICRO = ModelConfig(vocab_size=300, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=16)
 SIZES = Sizes(batch=8, prompt=8, completion=8, group=2)
@@ -46,12 +55,18 @@ def asked(**changes):
 # Rows.
 
 
-def test_rows_of_every_kind_run_and_say_what_they_cost(tmp_path):
-    rows = ("sft", "dpo_packed", "rloo", "decode", "restore", "data")
-    found = command.run(micro(*rows), small=True)
-    by_name = {row.name: row for row in found.rows}
-    assert tuple(by_name) == rows
-    assert all(row.cpu_seconds >= 0 and row.repeats == 2 for row in found.rows)
+@pytest.fixture(scope="module")
+def found():
+    """Every row, run."""
+    return command.run(micro(*request.ROWS), small=True)
+
+
+@pytest.fixture(scope="module")
+def by_name(found):
+    return {row.name: row for row in found.rows}
+
+
+def test_rows_say_what_they_cost(found, by_name):
     sft = by_name["sft"]
     assert sft.tokens_per_second == pytest.approx(8 * 16 / sft.seconds)
     flops = 8 * 3 * cost.forward_flops(MICRO, 16, scored=8)
@@ -67,16 +82,173 @@ def test_rows_of_every_kind_run_and_say_what_they_cost(tmp_path):
     assert 0 < by_name["dpo_packed"].padding < 0.5
     assert by_name["decode"].mfu is None
     assert by_name["restore"].tokens_per_second is None
-    # What was written is what is read.
+
+
+def test_what_is_written_is_what_is_read(found, tmp_path):
     path = tmp_path / "bench.json"
     report.save(found, path)
     assert report.load(path) == found
-    assert "rloo" in json.loads(path.read_text())["rows"][2]["name"]
+    assert json.loads(path.read_text())["rows"][0]["name"] == "sft"
 
 
-@pytest.mark.parametrize("row", [r for r in request.ROWS if r not in ("save", "data")])
-def test_every_row_has_a_maker_and_its_inputs(row):
-    assert row in works._MAKERS
+def test_every_row_has_a_maker(by_name):
+    assert tuple(by_name) == tuple(request.ROWS) == tuple(works._MAKERS)
+
+
+COUNTED = [row for row in request.ROWS if row not in ("save", "restore", "encode")]
+"""Rows of which tokens, and operations or bytes, are counted; data takes what comes."""
+
+
+@pytest.mark.parametrize("name", request.ROWS)
+def test_every_row_has_finite_positive_figures(by_name, name):
+    row = by_name[name]
+    assert row.repeats == 2 and row.first_seconds >= 0
+    assert math.isfinite(row.seconds) and math.isfinite(row.cpu_seconds)
+    # A step of decoding is a difference of two measurements, and a busy machine can turn it round.
+    if name == "decode" and row.seconds <= 0:
+        return
+    assert row.seconds > 0 and row.cpu_seconds >= 0 and 0 <= row.spread < math.inf
+    assert row.peak_memory is None or row.peak_memory > 0
+    expected = {
+        "tokens_per_second": name in COUNTED and name != "data",
+        "samples_per_second": name not in ("save", "restore"),
+        "mfu": name in COUNTED and name not in ("data", "decode"),
+        "of_bandwidth": name == "decode",
+        "compiled_memory": name in TRAINING,
+        "planned_memory": name in TRAINING,
+    }
+    for figure, is_known in expected.items():
+        value = getattr(row, figure)
+        assert (value is not None) == is_known, figure
+        assert value is None or 0 < value < math.inf, figure
+
+
+TRAINING = [row for row in request.TRAINED if row != "save"]
+
+
+@pytest.mark.parametrize("row", ["sft_packed", "dpo_packed", "encode", "data"])
+def test_the_shortest_lengths_have_text(row):
+    sizes = Sizes(batch=2, prompt=2, completion=2, group=2)
+    with works.work(row, Footing(micro(row, sizes=sizes))) as work:
+        # BOS and a letter, a letter and EOS: every row is full.
+        assert work.padding == 0
+        if row == "encode":
+            work.once(0, Clock())
+
+
+def test_a_row_is_let_go_of_before_the_next_is_made(monkeypatch):
+    earlier = []
+
+    @contextlib.contextmanager
+    def work(name, footing):
+        assert not any(reference() for reference in earlier)
+        made = Work(lambda number, clock: None)
+        earlier.append(weakref.ref(made))
+        yield made
+
+    monkeypatch.setattr(works, "work", work)
+    found = command.run(micro("sft", "dpo", "rloo"), small=True)
+    assert len(found.rows) == len(earlier) == 3
+
+
+def test_rows_that_pack_into_no_full_row_are_packed_as_far_as_they_go(monkeypatch):
+    # 12 tokens each, with BOS and EOS: two do not fit into 16, and one fits into 12.
+    rows = [schema.DemonstrationRow("abc", "abcdefg")] * 8
+    monkeypatch.setattr(works, "_text", lambda *_: sources.from_rows(rows))
+    with works.work("sft_packed", Footing(micro("sft_packed"))) as work:
+        assert work.tokens == 8 * 12
+        assert work.padding == 0
+
+
+def test_the_input_pipeline_meets_every_bucket_before_it_is_timed(monkeypatch):
+    widths = []
+
+    class Training:
+        def start(self, params):
+            return None
+
+        def step(self, state, batch):
+            widths.append(batch.tokens.shape[1])
+            return state, {}
+
+    monkeypatch.setattr(sft, "program", lambda *_: (Training(), None))
+    sizes = dataclasses.replace(SIZES, batch=2)
+    with works.work("data", Footing(micro("data", sizes=sizes))) as work:
+        work.once(0, Clock())
+        first = set(widths)
+        assert len(first) > 1
+        for number in range(1, 150):
+            work.once(number, Clock())
+    assert set(widths) == first
+
+
+def test_the_prefill_that_decoding_is_told_from_has_the_sampler_s_cache():
+    footing = Footing(micro("decode"))
+    arguments = footing.prompts("x", 0, 8)[:2]
+    _, cache = jax.eval_shape(
+        works._prefill_program(footing), footing.policy, *arguments
+    )
+    assert cache["positions"].shape == (8, SIZES.prompt)
+
+
+# Memory, measured and planned.
+
+
+@pytest.mark.parametrize("name", ["sft", "rloo"])
+def test_memory_is_what_plan_says(by_name, name, monkeypatch):
+    def on_a_cpu(program, *_):
+        # Where the peak that plan reads of a program leaves its temporaries out.
+        peak = works.program_memory(program.lower().compile(), "cpu")
+        return compiling.Compiled(peak=peak)
+
+    monkeypatch.setattr(compiling, "_compile", on_a_cpu)
+    asked = {
+        "sft": {"settings": {"recipe": "sft", "batch_size": 8}},
+        "rloo": {
+            "settings": {
+                "recipe": "policy_gradient",
+                "algorithm": "rloo",
+                "prompts_per_step": 4,
+                "samples_per_prompt": 2,
+            },
+            "start": "runs/sft",
+            "reward_model": "runs/reward",
+            "evaluation": {"validation_prompts": 1},
+        },
+    }
+    lengths = {"vocab_size": 300, "prompt_length": 8, "completion_length": 8}
+    settings = config.RunConfig(
+        run_dir="runs/x",
+        task={"name": "lengths", "options": lengths},
+        model={"embed_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 16},
+        **asked[name],
+    )
+    (planned,) = fitting.plan(
+        settings, targets.target("v5e-1"), jax.devices()[:1], search=False
+    )
+    assert by_name[name].planned_memory == planned.peak
+    # The reference policy and the reward model lie beside an online step.
+    weights = 4 * cost.num_params(MICRO)
+    beside = by_name[name].planned_memory - by_name[name].compiled_memory
+    assert beside >= (2 * weights if name == "rloo" else 0)
+
+
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/self/clear_refs").exists(), reason="Linux alone forgets"
+)
+def test_what_an_earlier_row_held_is_not_counted_for_the_next():
+    def touched(mebibytes):
+        return [np.ones(2**15, np.uint8) for _ in range(32 * mebibytes)]
+
+    before = timing._PeakMemory().bytes()
+    large, above = touched(256), touched(1)
+    # With something above it, freed memory is kept by the C library.
+    del large
+    peak = timing._PeakMemory()
+    assert peak.bytes() - before < 64 * 2**20
+    large = touched(256)
+    assert peak.bytes() - before > 200 * 2**20
+    del large, above
 
 
 def test_tokens_are_never_zero_and_prompts_are_shared():
@@ -125,6 +297,26 @@ def test_a_difference_that_comes_out_negative_has_no_rate():
     work = Work(lambda *_: None, tokens=1, reading=lambda whole, parts: -1.0)
     row = timing.measure("x", work, repeats=1, ceilings=Ceilings(1.0, 1.0))
     assert row.tokens_per_second is None
+
+
+def test_ceilings_are_measured_on_random_numbers_and_on_the_mesh(monkeypatch):
+    operands = []
+
+    def best(program, argument, devices):
+        operands.append(np.asarray(argument, np.float32))
+        assert devices == expected
+        return 1.0
+
+    monkeypatch.setattr(timing, "_best", best)
+    mesh = sharding.make_mesh(devices=jax.devices()[1:3], data=2)
+    expected = [jax.devices()[1]]
+    one = timing.ceilings(mesh, "bfloat16", small=True)
+    assert one == Ceilings(2 * 128**3, 2 * 2**16)
+    assert all(len(np.unique(each)) > 1000 for each in operands)
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
+    expected = jax.devices()[1:3]
+    two = timing.ceilings(mesh, "float32", small=True)
+    assert two == Ceilings(2 * one.flops, 2 * one.bytes)
 
 
 # Requests.
@@ -186,6 +378,34 @@ def test_needed_memory_by_hand():
     assert need(micro(), "rloo") == need(micro(), "sft") + 4 * params
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_prompts_are_shared_as_asked(shared):
+    asking = micro("rloo", share_prompts=shared)
+    model = Footing(asking).ground.group_logps_fn(2)
+    assert isinstance(model, SharedPrompts) == shared
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "default"),
+        (["--share-prompts"], "True"),
+        (["--no-share-prompts"], "False"),
+    ],
+)
+def test_the_command_passes_on_whether_prompts_are_shared(
+    words, expected, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        command,
+        "run",
+        lambda request, tell: made_up(share_prompts=request.share_prompts),
+    )
+    line = ["bench", "--only", "rloo", "--mesh", "data=1,fsdp=8", *words]
+    assert main(line) == 0
+    assert f"share_prompts {expected};" in capsys.readouterr().out
+
+
 # Ratios.
 
 
@@ -218,6 +438,25 @@ def test_ratios_of_other_work_are_refused(tmp_path):
         report.check_comparable(new, made_up(sizes=other), path)
 
 
+def test_what_ratios_compare_is_shown(tmp_path):
+    path = tmp_path / "before.json"
+    old = made_up(device="another", dtype="bfloat16", remat="full", share_prompts=True)
+    new = made_up()
+    shown = report.comparison(new, old, path)
+    assert f"against {path}: {report.heading(old)}" in shown
+    differing = shown.splitlines()[-1]
+    assert "dtype bfloat16 -> float32" in differing
+    assert "remat full -> none" in differing
+    assert f"device another -> {new.device}" in differing
+    assert "share_prompts True -> default" in differing
+    assert "mesh" not in differing and "versions" not in differing
+    other = made_up(mesh={"data": 1, "fsdp": 4, "tensor": 1}, versions={"jax": "0.1"})
+    differing = report.comparison(new, other, path).splitlines()[-1]
+    assert "mesh data=1,fsdp=4,tensor=1 -> data=1,fsdp=1,tensor=1" in differing
+    assert "versions jax=0.1 -> gvjax=" in differing
+    assert report.comparison(new, new, path).endswith("differing: nothing")
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"shape": "tiny"}'])
 def test_files_that_are_no_benchmark_are_refused(content, tmp_path):
     path = tmp_path / "x.json"
@@ -243,7 +482,7 @@ def test_help_teaches(capsys):
         main(["bench", "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for word in (*request.ROWS, "MFU", "--against before.json", "spread"):
+    for word in (*request.ROWS, "MFU", "--against before.json", "spread", "plan MiB"):
         assert word in shown
 
 
@@ -255,3 +494,4 @@ def test_the_command_prints_writes_and_compares(tmp_path, capsys):
     assert main([*line, "--against", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "measured ceilings" in shown and "x faster" in shown
+    assert f"against {path}" in shown

@@ -6,11 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import stats
 
-from gvjax import sampling, sharding
-from gvjax.models import decoding, transformer
+from gvjax import advantages, sampling, sharding, steps
+from gvjax.models import decoding, heads, transformer
 from gvjax.models.config import ModelConfig
 from gvjax.types import Rollouts
 
@@ -409,10 +410,82 @@ def test_one_program_generates_scores_and_differentiates_on_a_mesh(params, rollo
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient))
 
 
+def test_one_program_generates_judges_and_updates(params, rollouts):
+    """Samples, the rewards of a reward model, and the update that they make; nothing scores the samples again."""
+    tx = optax.sgd(0.1)
+    judge = heads.init(jax.random.key(1), CONFIG, params, zero=False)
+    reward_fn = heads.reward_fn(CONFIG)
+    step = steps.make_policy_gradient_step(transformer.token_logps_fn(CONFIG), tx)
+
+    @jax.jit
+    def program(state):
+        drawn = sampling.generate(
+            *TRANSFORMER,
+            decoding.decode_params(CONFIG, state.params),
+            PROMPTS,
+            LENGTHS,
+            jax.random.key(0),
+            max_new_tokens=6,
+            num_samples=2,
+            eos_id=EOS,
+        )
+        rewards = reward_fn(judge, drawn.tokens, drawn.completion_mask)
+        batch = steps.policy_batch(drawn, advantages.leave_one_out(rewards, 2))
+        return drawn, rewards, step(state, batch)
+
+    drawn, rewards, (updated, metrics) = program(steps.init_train_state(params, tx))
+    np.testing.assert_array_equal(drawn.tokens, rollouts.tokens)
+    alone = jax.jit(reward_fn)(judge, rollouts.tokens, rollouts.completion_mask)
+    np.testing.assert_allclose(rewards, alone, atol=1e-4)
+    assert np.std(rewards) > 0.1
+    # The log-probabilities of the sampler are the old ones, and the update's forward agrees.
+    for extreme in ("min", "max"):
+        ratio = metrics[f"sampling/importance_sampling_ratio/{extreme}"]
+        np.testing.assert_allclose(ratio, 1, atol=1e-4)
+    # At ratio 1 the loss is minus the mean advantage of a token.
+    of_rows = np.asarray(advantages.leave_one_out(rewards, 2))
+    tokens = np.sum(drawn.completion_mask, axis=1)
+    expected = -np.sum(of_rows * tokens) / np.sum(tokens)
+    np.testing.assert_allclose(metrics["loss"], expected, atol=1e-3)
+    moved = jax.tree.map(lambda new, old: jnp.any(new != old), updated.params, params)
+    assert updated.step == 1 and all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cache_has_the_configs_dtype_and_a_head_a_key(dtype):
+    cache = decoding.init_cache(dataclasses.replace(CONFIG, dtype=dtype), 3, 9)
+    assert CONFIG.kv_heads == 2 < CONFIG.num_heads
+    arrays = [*cache["keys"], *cache["values"]]
+    assert len(arrays) == 2 * CONFIG.num_layers
+    for array in arrays:
+        assert array.shape == (3, 2, 9, CONFIG.width)
+        assert array.dtype == dtype
+
+
 def test_no_uniform_number_draws_a_token_of_probability_0():
     logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf, 1.0, -jnp.inf]] * 2)
     extremes = jnp.array([0.0, 1.0 - 2.0**-24])
     np.testing.assert_array_equal(sampling._inverse_cdf(logits, extremes), [1, 3])
+    # Of a larger vocabulary, whose sums are made in blocks.
+    few = jnp.full((2, 1000), -jnp.inf).at[:, [130, 131, 700]].set(0.0)
+    np.testing.assert_array_equal(sampling._inverse_cdf(few, extremes), [130, 700])
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 512, 1000])
+def test_the_token_drawn_is_where_the_cumulative_probability_passes(vocabulary):
+    rng = np.random.default_rng(vocabulary)
+    logits = 3 * rng.normal(size=(200, vocabulary)).astype(np.float32)
+    uniform = rng.random(200, np.float32)
+    uniform[100:] = 1 - 2.0**-24
+    drawn = np.asarray(sampling._inverse_cdf(jnp.asarray(logits), jnp.asarray(uniform)))
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True), dtype=np.float64)
+    ends = np.cumsum(weights, axis=1)
+    ends /= ends[:, -1:]
+    rows = np.arange(200)
+    starts = np.where(drawn > 0, ends[rows, drawn - 1], 0.0)
+    assert np.all(starts <= uniform + 1e-6) and np.all(
+        uniform < ends[rows, drawn] + 1e-6
+    )
 
 
 def test_best_of_n_takes_the_best_of_each_group():

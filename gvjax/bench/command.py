@@ -24,7 +24,8 @@ copy measured here.
   gvjax bench                                            all rows of a tiny network, a few minutes on a laptop
   gvjax bench --shape smollm2-135m --only sft,decode     two rows of a real one
   gvjax bench --json before.json                         keep the numbers; then, after a change or on another machine:
-  gvjax bench --against before.json                      how many times as fast each row has become
+  gvjax bench --against before.json                      how many times as fast each row has become; what else differs
+                                                         between the two is said
 """
 
 _READING = """\
@@ -32,12 +33,17 @@ how to read the table
   median, spread   over the repeats; a spread above some 10% says that the machine is busy: trust "CPU s" then
   MFU              useful operations over the measured matrix-product rate. Useful is what the mathematics needs, each
                    sequence by itself: recomputing (remat) does not raise it, sharing a prompt does
-  of copy          bytes it must move over the measured copy rate: decoding reads all weights and the cache each step
+  of copy          bytes it must move over the measured copy rate, of decoding: it reads all weights and the cache each
+                   step
   padding          share of the positions that hold no token
   parts            of a round's time; train is what the named parts leave
-  compile s        how much longer the first call took
-  peak MiB         held at most by one device (on a CPU: by this process) during the row; empty where it held more before
-  compiled MiB     what the compiler says that the training program needs
+  compile s        how much longer the first call took; what an earlier row compiled is not compiled again
+  peak MiB         held at most by one device during the row, the weights that all rows start from among it. A GPU or
+                   TPU says only what it held at most so far, so it is empty where an earlier row held more: time a row
+                   alone with --only. On a CPU: by this process, its libraries and the compiler included
+  plan MiB         what `gvjax plan` would say that the recipe needs on one device, evaluations left out: its largest
+                   program, by the compiler's account, with the weights and optimizer that lie beside it. Of packed rows
+                   the training program is the one that ran
 
 rows
 """
@@ -66,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
             mesh=options.mesh,
             only=[name for name in options.only.split(",") if name],
             repeats=options.repeats,
+            share_prompts=options.share_prompts,
         )
         against = None
         if options.against is not None:
@@ -89,6 +96,9 @@ def main(argv: Sequence[str]) -> int:
 
         found = run(request, tell)
     console.print(report.heading(found), highlight=False)
+    if against is not None:
+        compared = report.comparison(found, against, options.against)
+        console.print(compared, highlight=False, markup=False)
     console.print(report.table(found, against))
     if options.json is not None:
         report.save(found, options.json)
@@ -109,16 +119,17 @@ def run(
       small: measure the machine's ceilings on sizes that take milliseconds; for tests.
     """
     tell("ceilings")
-    best = timing.ceilings(request.model.dtype, small=small)
+    best = timing.ceilings(request.mesh, request.model.dtype, small=small)
     footing = Footing(request)
-    rows = []
-    for name in request.rows:
+
+    def timed(name: str) -> timing.Row:
         tell(name)
         with works.work(name, footing) as work:
-            rows.append(
-                timing.measure(name, work, repeats=request.repeats, ceilings=best)
-            )
-    return report.make_report(request, best, tuple(rows))
+            return timing.measure(name, work, repeats=request.repeats, ceilings=best)
+
+    # Each in a call of its own: a name that stays behind would hold one row's state while the next one's is made.
+    rows = tuple(timed(name) for name in request.rows)
+    return report.make_report(request, best, rows)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -161,7 +172,14 @@ def _parser() -> argparse.ArgumentParser:
         help="what the backward pass recomputes (default none)",
     )
     parser.add_argument(
-        "--scan", action="store_true", help="run the layers as one scan"
+        "--scan",
+        action=argparse.BooleanOptionalAction,
+        help="run the layers as one scan, or not (default by platform and depth, as in a run)",
+    )
+    parser.add_argument(
+        "--share-prompts",
+        action=argparse.BooleanOptionalAction,
+        help="train on pairs and groups with their prompt run once, or not (default where it is known to pay)",
     )
     parser.add_argument(
         "--mesh",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Hashable
 
 import jax
 import numpy as np
@@ -22,9 +23,13 @@ class Footing:
 
     Attributes:
       request: what is asked.
+      peaks: bytes that programs need by the compiler's account, of those that have been looked at; see `plan`'s keys.
     """
 
     request: Request
+    peaks: dict[Hashable, int | None] = dataclasses.field(
+        default_factory=dict, compare=False
+    )
 
     @functools.cached_property
     def ground(self) -> Ground:
@@ -37,6 +42,7 @@ class Footing:
             pad_id=0,
             prompt_length=sizes.prompt,
             completion_length=sizes.completion,
+            share_prompts=self.request.share_prompts,
         )
 
     @functools.cached_property

@@ -15,8 +15,18 @@ from gvjax import __version__
 from gvjax.bench.request import Request
 from gvjax.bench.timing import Ceilings, Row
 
-COMPARABLE = ("shape", "sizes")
-"""What two benchmarks must have in common for a ratio of theirs to mean anything."""
+_DIFFERING = (
+    "device",
+    "devices",
+    "platform",
+    "mesh",
+    "dtype",
+    "remat",
+    "scan_layers",
+    "share_prompts",
+    "versions",
+)
+"""Fields in which two benchmarks that are compared may differ; where they do, it is said."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +34,7 @@ class Report:
     """A benchmark that has been run.
 
     Attributes:
-      shape, sizes, mesh, dtype, remat, scan_layers: what was asked.
+      shape, sizes, mesh, dtype, remat, scan_layers, share_prompts: what was asked.
       device, devices, platform: what it ran on, how many of it, and its kind.
       versions: of what decides the speed.
       date: day it was run, ISO.
@@ -45,6 +55,7 @@ class Report:
     date: str
     ceilings: Ceilings
     rows: tuple[Row, ...]
+    share_prompts: bool | None = None
 
 
 def make_report(request: Request, ceilings: Ceilings, rows: tuple[Row, ...]) -> Report:
@@ -68,6 +79,7 @@ def make_report(request: Request, ceilings: Ceilings, rows: tuple[Row, ...]) -> 
         date=datetime.date.today().isoformat(),
         ceilings=ceilings,
         rows=rows,
+        share_prompts=request.share_prompts,
     )
 
 
@@ -116,15 +128,28 @@ def check_comparable(new: Request, old: Report, path: pathlib.Path) -> None:
 
 
 def heading(report: Report) -> str:
-    """What was run and on what, in two lines."""
-    mesh = ",".join(f"{axis}={size}" for axis, size in report.mesh.items())
+    """What was run, how and on what, in three lines."""
+    mesh, versions = _value(report.mesh), _value(report.versions)
     sizes = report.sizes
     best = report.ceilings
     return (
         f"{report.shape} {report.dtype}, {sizes['batch']} sequences of {sizes['prompt']}+{sizes['completion']} tokens,"
         f" groups of {sizes['group']}, on {report.devices} x {report.device} ({mesh})\n"
-        f"measured ceilings: {best.flops / 1e12:.3g} TFLOP/s in one matrix product, {best.bytes / 1e9:.3g} GB/s in one copy"
+        f"remat {report.remat}, scan_layers {_value(report.scan_layers)}, share_prompts {_value(report.share_prompts)};"
+        f" {versions}; {report.date}\n"
+        f"measured ceilings: {best.flops / 1e12:.3g} TFLOP/s in one matrix product,"
+        f" {best.bytes / 1e9:.3g} GB/s in one copy"
     )
+
+
+def comparison(new: Report, old: Report, path: pathlib.Path) -> str:
+    """What a benchmark is compared with, and in what the two differ beside their figures."""
+    differing = [
+        f"{field} {_value(getattr(old, field))} -> {_value(getattr(new, field))}"
+        for field in _DIFFERING
+        if getattr(old, field) != getattr(new, field)
+    ]
+    return f"against {path}: {heading(old)}\ndiffering: {'; '.join(differing) or 'nothing'}"
 
 
 def table(report: Report, against: Report | None = None) -> Table:
@@ -147,7 +172,7 @@ def table(report: Report, against: Report | None = None) -> Table:
         "parts of the time",
         "compile s",
         "peak MiB",
-        "compiled MiB",
+        "plan MiB",
     ]
     made = Table(*columns, *(["x faster"] if against is not None else []))
     before = {row.name: row for row in against.rows} if against is not None else {}
@@ -165,7 +190,7 @@ def table(report: Report, against: Report | None = None) -> Table:
             "  ".join(f"{name} {share:.1%}" for name, share in row.shares.items()),
             "" if row.first_seconds is None else f"{row.first_seconds:.1f}",
             _mebibytes(row.peak_memory),
-            _mebibytes(row.compiled_memory),
+            _mebibytes(row.planned_memory),
         ]
         if against is not None:
             old = before.get(row.name)
@@ -182,6 +207,13 @@ def _processor() -> str:
         return f"{len(named)} cores of {named[0].split(':')[1].strip()}"
     except (OSError, IndexError):
         return platform.processor() or platform.machine() or "cpu"
+
+
+def _value(value: Any) -> str:
+    """A field of a report for people."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={each}" for name, each in value.items())
+    return "default" if value is None else str(value)
 
 
 def _shown(sizes: Mapping[str, Any]) -> str:

@@ -82,6 +82,7 @@ class Request:
       mesh: the devices.
       rows: names of what is timed.
       repeats: calls that count.
+      share_prompts: rows of one prompt are trained on with it run once; None: where that is known to pay.
     """
 
     shape: str
@@ -90,6 +91,7 @@ class Request:
     mesh: Mesh
     rows: tuple[str, ...]
     repeats: int
+    share_prompts: bool | None = None
 
     @property
     def platform(self) -> str:
@@ -158,10 +160,11 @@ def make_request(
     group: int | None,
     dtype: str | None,
     remat: str,
-    scan: bool,
+    scan: bool | None,
     mesh: str,
     only: Sequence[str],
     repeats: int,
+    share_prompts: bool | None = None,
 ) -> Request:
     """A request out of a command line, every size resolved and checked.
 
@@ -195,6 +198,7 @@ def make_request(
         devices,
         chosen_rows(only),
         repeats,
+        share_prompts,
     )
     check(request)
     return request

@@ -1,5 +1,7 @@
 """Measuring: warm up, repeat, take the median, say how far the repeats lie apart."""
 
+import contextlib
+import ctypes
 import dataclasses
 import os
 import pathlib
@@ -11,7 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
+from gvjax import sharding
 from gvjax.recipes.loop import Clock
 
 WARM_UPS = 2
@@ -32,6 +37,7 @@ class Work:
       reading: `(seconds of a call, seconds of its parts) -> seconds that count`.
       rest: what a call does that is not on the clock; "" where everything is, or nothing.
       compiled_memory: peak bytes on a device by the compiler's own account of the (training) program; None: unknown.
+      planned_memory: peak bytes on a device of the whole recipe, as `gvjax plan` adds them up; None: it is no recipe.
     """
 
     once: Callable[[int, Clock], Any]
@@ -43,6 +49,7 @@ class Work:
     reading: Callable[[float, Mapping[str, float]], float] = lambda whole, parts: whole
     rest: str = ""
     compiled_memory: Callable[[], int | None] = lambda: None
+    planned_memory: Callable[[], int | None] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +57,8 @@ class Ceilings:
     """What the machine does at best, measured.
 
     Attributes:
-      flops: operations a second of one large matrix product, on all devices together.
-      bytes: bytes a second read and written by one large copy, on all devices together.
+      flops: operations a second of a large matrix product on every device at once, all together.
+      bytes: bytes a second read and written by a large copy on every device at once, all together.
     """
 
     flops: float
@@ -66,17 +73,19 @@ class Row:
       name: what was timed.
       seconds: median over the repeats.
       spread: (slowest − fastest) / median.
-      cpu_seconds: median processor time of this process; on a shared CPU a steadier yardstick than the clock. Where a row
-        is a part of what was run, that part of it.
+      cpu_seconds: median processor time of this process; on a shared CPU a steadier yardstick than the clock. Where a
+        row is a part of what was run, that part of it.
       tokens_per_second, samples_per_second: by the median.
       mfu: share of the measured matrix-product rate that the useful operations come to.
       of_bandwidth: share of the measured copy bandwidth that the bytes it must move come to.
       padding: share of positions without a token.
       shares: of the parts of a round.
       first_seconds: how much longer the first call took: tracing and compiling.
-      peak_memory: bytes, the most that one device held while this row ran (on a CPU: the process); None where the
-        device does not say, or held more before.
+      peak_memory: bytes, the most that one device held while this row ran (on a CPU: this process, with its libraries
+        and the compiler); None where nobody says, or where the peak cannot be forgotten (everywhere but on Linux CPUs)
+        and an earlier row held more.
       compiled_memory: bytes, the compiler's account of the training program.
+      planned_memory: bytes, what `gvjax plan` finds the recipe to need: its largest program, and what lies beside it.
     """
 
     name: str
@@ -93,6 +102,7 @@ class Row:
     first_seconds: float | None = None
     peak_memory: int | None = None
     compiled_memory: int | None = None
+    planned_memory: int | None = None
 
 
 def measure(name: str, work: Work, *, repeats: int, ceilings: Ceilings) -> Row:
@@ -149,38 +159,59 @@ def measure(name: str, work: Work, *, repeats: int, ceilings: Ceilings) -> Row:
         first_seconds=max(first - statistics.median(seconds), 0.0),
         peak_memory=peak.bytes(),
         compiled_memory=work.compiled_memory(),
+        planned_memory=work.planned_memory(),
     )
 
 
-def ceilings(dtype: str, *, small: bool = False) -> Ceilings:
-    """Measures the machine: one large matrix product and one large copy, the best of several.
+def ceilings(mesh: Mesh, dtype: str, *, small: bool = False) -> Ceilings:
+    """Measures the machine: a large matrix product and a large copy, on every device at once, the best of several.
+
+    Operands are random: where power is the limit, the rate depends on the numbers, and a network's are not all equal.
+    The devices of a CPU are one processor under several names, and one of them has all its cores.
 
     Args:
+      mesh: the devices.
       dtype: of the product's inputs; sums are float32.
       small: sizes that take milliseconds, for tests.
     """
-    accelerator = jax.default_backend() != "cpu"
+    accelerator = sharding.platform(mesh) != "cpu"
     size = 128 if small else 8192 if accelerator else 2048
-    matrix = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
     # Beyond every cache, or it would measure that.
     count = (2**16 if small else 2**28) // 4
-    numbers = jnp.ones(count, jnp.float32)
-    copy = jax.jit(lambda x: x * 1.5)
-    devices = jax.device_count()
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((size, size), np.float32).astype(jnp.dtype(dtype))
+    numbers = rng.random(count, np.float32)
+    devices = list(mesh.local_devices) if accelerator else [mesh.local_devices[0]]
+    times = mesh.size / len(mesh.local_devices) * len(devices)
     return Ceilings(
-        flops=devices * 2 * size**3 / _best(product, matrix),
-        bytes=devices * 2 * numbers.nbytes / _best(copy, numbers),
+        flops=times * 2 * size**3 / _best(product, matrix, devices),
+        bytes=times * 2 * numbers.nbytes / _best(copy, numbers, devices),
     )
 
 
-def _best(program, argument, repeats: int = 10) -> float:
-    jax.block_until_ready(program(argument))
+@jax.jit
+def product(x: jax.Array) -> jax.Array:
+    """A matrix by itself."""
+    return jnp.dot(x, x, preferred_element_type=jnp.float32)
+
+
+@jax.jit
+def copy(x: jax.Array) -> jax.Array:
+    """All numbers read, and as many written."""
+    return x * 1.5
+
+
+def _best(program, argument, devices: list[jax.Device], repeats: int = 10) -> float:
+    """Seconds of a program on all devices at once."""
+    placed = [jax.device_put(argument, device) for device in devices]
+    jax.block_until_ready([program(each) for each in placed])
+    # An accelerator is handed several at a time: waiting for each would count how long a launch takes.
+    queued = 1 if devices[0].platform == "cpu" else 10
     taken = []
     for _ in range(repeats):
         begun = time.perf_counter()
-        jax.block_until_ready(program(argument))
-        taken.append(time.perf_counter() - begun)
+        jax.block_until_ready([program(each) for each in placed for _ in range(queued)])
+        taken.append((time.perf_counter() - begun) / queued)
     return min(taken)
 
 
@@ -188,10 +219,12 @@ class _PeakMemory:
     """The most bytes held since this was made, where that can be known.
 
     Accelerators say what they held at most since the process began; that speaks of this row only if it rose. Linux
-    forgets a process' peak on demand.
+    forgets a process' peak on demand; the next one begins with what the process still holds, so what earlier rows let
+    go of is given back first.
     """
 
     def __init__(self) -> None:
+        _trim()
         self._before = _device_peak()
         self._resettable = False
         if self._before is None:
@@ -215,6 +248,13 @@ def _device_peak() -> int | None:
         if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats
     ]
     return max(found, default=None)
+
+
+def _trim() -> None:
+    """Gives memory that was freed, and that the C library keeps for later, back to the system."""
+    # Only glibc keeps so much, and only glibc has this.
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _process_peak() -> int:

@@ -22,6 +22,7 @@ from gvjax.data.batches import Batches
 from gvjax.data.examples import Examples, LengthPolicy, encode_rows
 from gvjax.data.tokenizer import ByteTokenizer
 from gvjax.models import cost, decoding, heads
+from gvjax.plan.programs import Program, stage_of
 from gvjax.recipes import dpo, online_dpo, policy_gradient, ppo, reward, sft
 from gvjax.recipes.ground import CompiledTraining
 from gvjax.recipes.loop import Clock
@@ -65,8 +66,57 @@ def _memory(compiled: CompiledTraining, platform: str) -> int | None:
     return max((each for each in found if each is not None), default=None)
 
 
+def planned_memory(
+    footing: Footing, section: config.Recipe, compiled: CompiledTraining
+) -> int | None:
+    """Bytes on each device that `gvjax plan` finds a recipe to need: its largest program with what lies beside it.
+
+    Args:
+      footing: where it runs.
+      section: its settings.
+      compiled: its training, which has run: that program is not compiled again.
+
+    Returns:
+      None where the compiler keeps no account.
+    """
+    platform = footing.request.platform
+    stage = stage_of(
+        section.recipe,
+        section,
+        footing.ground,
+        pairs=None,
+        # A reward model is always judged on some pairs: on the fewest there can be.
+        evaluated=1 if section.recipe == "reward" else 0,
+        pooling=POOLING,
+    )
+
+    def peak(program: Program) -> int | None:
+        if program.name == "train step":
+            return _memory(compiled, platform)
+        if program.key not in footing.peaks:
+            made = program.lower().compile()
+            footing.peaks[program.key] = program_memory(made, platform)
+        return footing.peaks[program.key]
+
+    found = [(peak(program), stage.beside(program)) for program in stage.programs]
+    return max((p + beside for p, beside in found if p is not None), default=None)
+
+
+def _accounts(
+    footing: Footing, section: config.Recipe, compiled: CompiledTraining
+) -> dict[str, Any]:
+    """What is known of a recipe's memory beside what is measured."""
+    return {
+        "compiled_memory": functools.partial(
+            _memory, compiled, footing.request.platform
+        ),
+        "planned_memory": functools.partial(planned_memory, footing, section, compiled),
+    }
+
+
 def _training(
     footing: Footing,
+    section: config.Recipe,
     compiled: CompiledTraining,
     params: Params,
     batches: list[Any],
@@ -82,12 +132,7 @@ def _training(
         state, metrics = compiled.step(state, batch)
         return metrics
 
-    return Work(
-        once,
-        rest="train",
-        compiled_memory=functools.partial(_memory, compiled, footing.request.platform),
-        **counts,
-    )
+    return Work(once, rest="train", **_accounts(footing, section, compiled), **counts)
 
 
 def _of_sequences(footing: Footing, *, forwards: float, heads: bool) -> dict[str, Any]:
@@ -104,14 +149,19 @@ def _of_sequences(footing: Footing, *, forwards: float, heads: bool) -> dict[str
 
 def _sft(footing: Footing, stack) -> Work:
     size = footing.request.sizes.batch
-    compiled, _ = sft.program(footing.ground, config.SftSection(batch_size=size))
+    section = config.SftSection(batch_size=size)
+    compiled, _ = sft.program(footing.ground, section)
     batches = [footing.sequences("sft", i, size) for i in range(BATCHES)]
     counts = _of_sequences(footing, forwards=cost.TRAINING, heads=True)
-    return _training(footing, compiled, footing.policy, batches, samples=size, **counts)
+    start = footing.policy
+    return _training(footing, section, compiled, start, batches, samples=size, **counts)
 
 
 def _packed(
-    footing: Footing, compiled: CompiledTraining, kind: type[schema.Row]
+    footing: Footing,
+    section: config.Recipe,
+    compiled: CompiledTraining,
+    kind: type[schema.Row],
 ) -> Work:
     """A step on rows of mixed lengths, as many to a batch as fill the positions of the full-length one."""
     sizes, model = footing.request.sizes, footing.request.model
@@ -123,12 +173,10 @@ def _packed(
         reference = logps.astype(np.float32)
         examples = dataclasses.replace(examples, ref_logps=(reference[0], reference[1]))
     packed = Batches(examples, batch_size=rows, seed=SEED, packing=True)
-    # One shape: the few that fill a shorter bucket would count their compiling.
-    full = [
-        batch
-        for step in range(packed.batches_per_epoch)
-        if _width(batch := packed.batch_at(step)) == sizes.length
-    ][:BATCHES]
+    every = [packed.batch_at(step) for step in range(packed.batches_per_epoch)]
+    # One shape, the widest there is: the few that fill a shorter bucket would count their compiling.
+    width = max(map(_width, every))
+    full = [batch for batch in every if _width(batch) == width][:BATCHES]
     per_sequence = [
         cost.forward_flops(model, length, scored=scored)
         for batch in full
@@ -137,13 +185,14 @@ def _packed(
     tokens = [length for batch in full for length, _ in _lengths(batch)]
     return _training(
         footing,
+        section,
         compiled,
         footing.policy,
         full,
         tokens=sum(tokens) // len(full),
         samples=len(tokens) // len(full) // (2 if paired else 1),
         flops=cost.TRAINING * sum(per_sequence) / len(full),
-        padding=1 - sum(tokens) / len(full) / (sizes.batch * sizes.length),
+        padding=1 - sum(tokens) / len(full) / (sizes.batch * width),
     )
 
 
@@ -169,9 +218,14 @@ def _lengths(batch: SequenceBatch | PreferenceBatch) -> list[tuple[int, int]]:
 
 
 def _sft_packed(footing: Footing, stack) -> Work:
-    size = footing.request.sizes.batch
-    compiled, _ = sft.program(footing.ground, config.SftSection(batch_size=size))
-    return _packed(footing, compiled, schema.DemonstrationRow)
+    section = _packed_sft(footing)
+    compiled, _ = sft.program(footing.ground, section)
+    return _packed(footing, section, compiled, schema.DemonstrationRow)
+
+
+def _packed_sft(footing: Footing) -> config.SftSection:
+    sizes = footing.request.sizes
+    return config.SftSection(batch_size=sizes.batch, packed_length=sizes.length)
 
 
 def _dpo_packed(footing: Footing, stack) -> Work:
@@ -179,7 +233,7 @@ def _dpo_packed(footing: Footing, stack) -> Work:
     length = footing.request.sizes.length
     section = config.DpoSection(batch_size=size, beta=0.1, packed_length=length)
     compiled, _ = dpo.program(footing.ground, section)
-    return _packed(footing, compiled, schema.PreferenceRow)
+    return _packed(footing, section, compiled, schema.PreferenceRow)
 
 
 def _reward(footing: Footing, stack) -> Work:
@@ -189,7 +243,7 @@ def _reward(footing: Footing, stack) -> Work:
     batches = [footing.pairs("reward", i, size) for i in range(BATCHES)]
     counts = _of_sequences(footing, forwards=cost.TRAINING, heads=False)
     start = footing.reward_model
-    return _training(footing, compiled, start, batches, samples=size, **counts)
+    return _training(footing, section, compiled, start, batches, samples=size, **counts)
 
 
 def _dpo(footing: Footing, stack) -> Work:
@@ -198,7 +252,8 @@ def _dpo(footing: Footing, stack) -> Work:
     compiled, _ = dpo.program(footing.ground, section)
     batches = [footing.pairs("dpo", i, size) for i in range(BATCHES)]
     counts = _of_sequences(footing, forwards=cost.TRAINING, heads=True)
-    return _training(footing, compiled, footing.policy, batches, samples=size, **counts)
+    start = footing.policy
+    return _training(footing, section, compiled, start, batches, samples=size, **counts)
 
 
 def _reference(footing: Footing, stack) -> Work:
@@ -219,7 +274,7 @@ def _reference(footing: Footing, stack) -> Work:
 
 
 def _prefill_program(footing: Footing) -> Callable[..., Any]:
-    """`(params, tokens, lengths) -> logits` after running prompts into an empty cache, with all a sampler does first."""
+    """`(params, tokens, lengths) -> logits, cache` after running prompts into an empty cache, as samplers do first."""
     model, mesh = footing.request.model, footing.request.mesh
     sizes = footing.request.sizes
     decode = decoding.decode_fn(model, mesh=mesh)
@@ -228,7 +283,8 @@ def _prefill_program(footing: Footing) -> Callable[..., Any]:
     def prefill(params, tokens, lengths):
         places = jnp.arange(sizes.prompt)[None]
         positions = jnp.where(places < lengths[:, None], places, -1)
-        cache = decoding.init_cache(model, len(tokens), sizes.length, mesh=mesh)
+        # As the sampler: room for the prompts alone, and more once they have been run.
+        cache = decoding.init_cache(model, len(tokens), sizes.prompt, mesh=mesh)
         params = decoding.decode_params(model, params)
         return decode(params, tokens, positions, cache)
 
@@ -277,6 +333,7 @@ def _decode(footing: Footing, stack) -> Work:
 
 def _round(
     footing: Footing,
+    section: config.Recipe,
     compiled: CompiledTraining,
     start: Params,
     policy_of: Callable[[Params], Params],
@@ -291,6 +348,8 @@ def _round(
     sample = sampler(ground, sizes.group)
     score = reward_scorer(ground, POOLING)
     state = compiled.start(start)
+    # Made before the clock runs.
+    reward_model = footing.reward_model
 
     def once(number: int, clock: Clock):
         nonlocal state
@@ -302,9 +361,7 @@ def _round(
             rollouts = sample(policy_of(state.params), tokens, lengths, key, ids)
             made.append(rollouts)
         with clock.part("score") as made:
-            rewards = score(
-                footing.reward_model, rollouts.tokens, rollouts.completion_mask
-            )
+            rewards = score(reward_model, rollouts.tokens, rollouts.completion_mask)
             rollouts = dataclasses.replace(rollouts, rewards=rewards)
             made.append(rewards)
         with clock.part("reference") as made:
@@ -325,7 +382,7 @@ def _round(
         samples=sizes.batch,
         flops=made + scored + flops,
         rest="train",
-        compiled_memory=functools.partial(_memory, compiled, footing.request.platform),
+        **_accounts(footing, section, compiled),
     )
 
 
@@ -349,6 +406,7 @@ def _online_dpo(footing: Footing, stack) -> Work:
     forward = cost.forward_flops(model, sizes.length, scored=sizes.completion)
     return _round(
         footing,
+        section,
         compiled,
         footing.policy,
         lambda params: params,
@@ -373,6 +431,7 @@ def _policy_gradient(footing: Footing, stack, **settings: Any) -> Work:
     forward = cost.forward_flops(model, sizes.length, scored=sizes.completion)
     return _round(
         footing,
+        section,
         compiled,
         footing.policy,
         lambda params: params,
@@ -400,6 +459,7 @@ def _ppo(footing: Footing, stack) -> Work:
     trained = cost.TRAINING * section.epochs
     return _round(
         footing,
+        section,
         compiled,
         {"policy": footing.policy, "value": critic},
         lambda params: params["policy"],
@@ -413,18 +473,18 @@ def _ppo(footing: Footing, stack) -> Work:
 
 
 def _checkpoints(footing: Footing, stack: contextlib.ExitStack):
-    """(checkpoints in a temporary directory, a train state, its bytes)."""
+    """(checkpoints in a temporary directory, a train state)."""
     size = footing.request.sizes.batch
     compiled, _ = sft.program(footing.ground, config.SftSection(batch_size=size))
     state = compiled.start(footing.policy)
     directory = stack.enter_context(tempfile.TemporaryDirectory())
     kept = Checkpoints(pathlib.Path(directory), every_steps=1, keep_latest=1)
     stack.enter_context(kept)
-    return kept, state, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    return kept, state
 
 
 def _save(footing: Footing, stack: contextlib.ExitStack) -> Work:
-    kept, state, held = _checkpoints(footing, stack)
+    kept, state = _checkpoints(footing, stack)
 
     def once(number: int, clock: Clock):
         with clock.part("copy"):
@@ -432,11 +492,11 @@ def _save(footing: Footing, stack: contextlib.ExitStack) -> Work:
         with clock.part("write"):
             kept.wait()
 
-    return Work(once, moved=held)
+    return Work(once)
 
 
 def _restore(footing: Footing, stack: contextlib.ExitStack) -> Work:
-    kept, state, held = _checkpoints(footing, stack)
+    kept, state = _checkpoints(footing, stack)
     kept.save(1, state, {})
     kept.wait()
     abstract = jax.tree.map(
@@ -445,7 +505,7 @@ def _restore(footing: Footing, stack: contextlib.ExitStack) -> Work:
         ),
         state,
     )
-    return Work(lambda number, clock: kept.restore(abstract).state, moved=held)
+    return Work(lambda number, clock: kept.restore(abstract).state)
 
 
 def _text(footing: Footing, kind: type[schema.Row]) -> sources.Rows:
@@ -454,7 +514,7 @@ def _text(footing: Footing, kind: type[schema.Row]) -> sources.Rows:
     rng = role_rng(SEED, "bench text")
 
     def letters(longest: int) -> str:
-        count = int(rng.integers(max(longest // 8, 1), longest))
+        count = int(rng.integers(max(longest // 8, 1), longest, endpoint=True))
         return bytes(rng.integers(97, 123, count, dtype=np.uint8)).decode()
 
     def row() -> schema.Row:
@@ -487,16 +547,24 @@ def _encode(footing: Footing, stack) -> Work:
 
 
 def _data(footing: Footing, stack) -> Work:
-    """SFT fed by the input pipeline; one compiled program for each bucket, so the first calls do not count."""
+    """SFT fed by the input pipeline; the first call, which does not count, runs a batch of every bucket.
+
+    Each is a program of its own, and would otherwise be compiled in whichever call first meets it.
+    """
     size, ground = footing.request.sizes.batch, footing.ground
-    compiled, _ = sft.program(ground, config.SftSection(batch_size=size))
+    section = _packed_sft(footing)
+    compiled, _ = sft.program(ground, section)
     state = compiled.start(footing.policy)
     examples = _examples(footing, schema.DemonstrationRow)
     batches = Batches(examples, batch_size=size, seed=SEED, packing=True)
     feed = Ahead(batches.batch_at)
+    every = map(batches.batch_at, range(batches.batches_per_epoch))
+    of_width = {_width(batch): batch for batch in every}
 
     def once(number: int, clock: Clock):
         nonlocal state
+        while of_width:
+            state, _ = compiled.step(state, ground.put(of_width.popitem()[1]))
         with clock.part("data"):
             # Not waited for: the copy to the device overlaps the step before, as in a run.
             batch = ground.put(feed(number))
@@ -507,7 +575,7 @@ def _data(footing: Footing, stack) -> Work:
         once,
         samples=size,
         rest="train",
-        compiled_memory=functools.partial(_memory, compiled, footing.request.platform),
+        **_accounts(footing, section, compiled),
     )
 
 

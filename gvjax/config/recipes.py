@@ -66,15 +66,31 @@ class Recipe(Section):
         return self
 
 
+# Not strict, as a list is what JSON has; the numbers in it are.
+Buckets = Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]
+
+
+def _padded_once(section: Any) -> Unused:
+    """Rows are packed or sorted into buckets, not both."""
+    if section.packed_length is None:
+        return []
+    return [("length_buckets", "packed rows all have packed_length tokens")]
+
+
 class SftSection(Recipe):
     """Supervised fine-tuning on the task's demonstrations, drawn afresh for every step.
 
     Attributes:
       steps, batch_size: updates, and demonstrations in each.
-      packed_length: tokens of a row that several sequences share, so that little of it is padding; batch_size is then
-        rows (of pairs: rows of each side), and how many sequences a step has varies. null gives each its own row. Four
-        times the longest sequence is a good length on CPUs and TPUs; on GPUs packed rows run without the fused attention
-        kernel, so measure (`gvjax bench --only sft,sft_packed`).
+      packed_length: most tokens of a row that several sequences share, so that little of it is padding: rows are made
+        shorter as far as the same number of them suffices. batch_size is then rows (of pairs: rows of each side), and how
+        many sequences a step has varies. null gives each its own row. Four times the longest sequence is a good length on
+        CPUs and TPUs; on GPUs packed rows run without the fused attention kernel, so measure (`gvjax bench --only
+        sft,sft_packed`).
+      length_buckets: ascending lengths, such as [128, 256]: rows of like length make a batch, padded to the shortest of
+        these that holds its longest row, or to max_prompt + max_completion. Each is a program of its own to compile. A
+        step's rows are then alike in length, and where the loss is a mean over tokens those of short rows weigh more.
+        null pads every row to max_prompt + max_completion.
       num_microbatches: slices of a batch; changes memory, not results.
     """
 
@@ -82,10 +98,14 @@ class SftSection(Recipe):
     steps: Count = 800
     batch_size: Count = 128
     packed_length: Count | None = None
+    length_buckets: Buckets | None = None
     num_microbatches: Count = 1
     optimizer: OptimizerSection = OptimizerSection(
         learning_rate=2e-3, schedule="cosine"
     )
+
+    def unused(self) -> Unused:
+        return _padded_once(self)
 
 
 class RewardSection(Recipe):
@@ -100,10 +120,12 @@ class RewardSection(Recipe):
       early_stop: keep the checkpoint with the best held-out likelihood instead of the last.
       evaluate_every: steps between held-out evaluations.
       zero_head: start every reward at 0, else a random head of standard deviation 1/√(D + 1).
-      packed_length: tokens of a row that several sequences share, so that little of it is padding; batch_size is then
-        rows (of pairs: rows of each side), and how many sequences a step has varies. null gives each its own row. Four
-        times the longest sequence is a good length on CPUs and TPUs; on GPUs packed rows run without the fused attention
-        kernel, so measure (`gvjax bench --only sft,sft_packed`).
+      packed_length: most tokens of a row that several sequences share, so that little of it is padding: rows are made
+        shorter as far as the same number of them suffices. batch_size is then rows (of pairs: rows of each side), and how
+        many sequences a step has varies. null gives each its own row. Four times the longest sequence is a good length on
+        CPUs and TPUs; on GPUs packed rows run without the fused attention kernel, so measure (`gvjax bench --only
+        sft,sft_packed`).
+      length_buckets: as for SFT, by the longer sequence of each pair.
       num_microbatches: slices of a batch; changes memory, not results.
     """
 
@@ -117,8 +139,12 @@ class RewardSection(Recipe):
     evaluate_every: Count = 25
     zero_head: bool = True
     packed_length: Count | None = None
+    length_buckets: Buckets | None = None
     num_microbatches: Count = 1
     optimizer: OptimizerSection = OptimizerSection(learning_rate=5e-4)
+
+    def unused(self) -> Unused:
+        return _padded_once(self)
 
 
 class DpoSection(Recipe):
@@ -131,10 +157,12 @@ class DpoSection(Recipe):
       beta: how closely the policy is held to the reference; small lets it move. null takes the loss's own.
       nll_weight: weight of the chosen completion's negative log-likelihood per token, added to the loss.
       evaluate_every: steps between evaluations on validation prompts, from which the best checkpoint is kept.
-      packed_length: tokens of a row that several sequences share, so that little of it is padding; batch_size is then
-        rows (of pairs: rows of each side), and how many sequences a step has varies. null gives each its own row. Four
-        times the longest sequence is a good length on CPUs and TPUs; on GPUs packed rows run without the fused attention
-        kernel, so measure (`gvjax bench --only sft,sft_packed`).
+      packed_length: most tokens of a row that several sequences share, so that little of it is padding: rows are made
+        shorter as far as the same number of them suffices. batch_size is then rows (of pairs: rows of each side), and how
+        many sequences a step has varies. null gives each its own row. Four times the longest sequence is a good length on
+        CPUs and TPUs; on GPUs packed rows run without the fused attention kernel, so measure (`gvjax bench --only
+        sft,sft_packed`).
+      length_buckets: as for SFT, by the longer sequence of each pair.
       num_microbatches: slices of a batch; changes memory, not results.
     """
 
@@ -147,8 +175,12 @@ class DpoSection(Recipe):
     nll_weight: NonNegative = 0.0
     evaluate_every: Count = 100
     packed_length: Count | None = None
+    length_buckets: Buckets | None = None
     num_microbatches: Count = 1
     optimizer: OptimizerSection = OptimizerSection(learning_rate=3e-4)
+
+    def unused(self) -> Unused:
+        return _padded_once(self)
 
     @pydantic.model_validator(mode="after")
     def _beta_once(self) -> Self:

@@ -212,6 +212,8 @@ class MeshSection(Section):
         holds them meanwhile, in place of gathering each of them from the fsdp axis at every token.
       compact_sampling: when half of the completions of a batch have ended the others are drawn on without them, and once
         more at a quarter. It pays where they differ much in length; it has not been measured on several devices.
+      share_prompts: a pair and the completions of a group are trained on with their prompt run once, in unfused attention;
+        null is where that is known to pay, on a CPU. Models with a sliding window cannot.
     """
 
     data: int = -1
@@ -220,6 +222,7 @@ class MeshSection(Section):
     rows_per_call: Count = 512
     gather_for_sampling: bool = False
     compact_sampling: bool = False
+    share_prompts: bool | None = None
 
 
 class LoggingSection(Section):

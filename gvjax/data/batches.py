@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from gvjax.data import packing as packer
-from gvjax.data.examples import Examples
+from gvjax.data.examples import Examples, LengthPolicy
 from gvjax.data.schema import (
     DemonstrationRow,
     PreferenceRow,
@@ -103,12 +103,37 @@ def _weights(units: Units, filled: bool) -> np.ndarray | None:
     return np.array([bool(unit) for unit in units], np.float32) if filled else None
 
 
+def _sides(examples: Examples) -> list[np.ndarray]:
+    """For each completion of a row, the tokens of all rows' sequences with it."""
+    return [examples.prompts.lengths + each.lengths for each in examples.completions]
+
+
+def _pack(sides: list[np.ndarray], length: int) -> tuple[Units, np.ndarray | None]:
+    """(the examples of each row, which pairs stand the other way round)."""
+    if len(sides) == 1:
+        return packer.pack(sides[0], length), None
+    return packer.pack_pairs(sides[0], sides[1], length)
+
+
+def shortened(examples: Examples) -> Examples:
+    """The same examples, whose packed rows are as short as the same number of them may be: see `packing.shortest`."""
+    sides = _sides(examples)
+    length = packer.shortest(
+        lambda length: len(_pack(sides, length)[0]),
+        examples.lengths.buckets[-1],
+        longest=int(max(each.max() for each in sides)),
+        total=int(sum(each.sum() for each in sides)) // len(sides),
+    )
+    return dataclasses.replace(examples, lengths=LengthPolicy((length,)))
+
+
 class Batches:
     """Batches at random access by step.
 
     Every epoch visits the rows in a new order. Rows are grouped by the shortest bucket that holds them; rows left over in
-    one bucket move on to the next longer one, so that at most `batch_size - 1` rows (of the longest) are left over in an
-    epoch. With packing, which sequences share a row is fixed, and the order of the rows changes.
+    one bucket move on to the next longer one. At most `batch_size - 1` rows are left over in an epoch, whichever come last
+    in its order, however long they are. With packing, which sequences share a row is fixed, and the order of the rows
+    changes.
 
     Args:
       examples: tokenised rows; their kind decides the batch: PromptBatch, SequenceBatch, PreferenceBatch or
@@ -156,15 +181,13 @@ class Batches:
         self.swapped: np.ndarray | None = None
         self._units: Units = [(i,) for i in range(len(examples))]
         used = examples.totals
-        if packing and examples.kind is DemonstrationRow:
-            self._units = packer.pack(examples.totals, buckets[-1])
-            used = np.array([used[list(unit)].sum() for unit in self._units])
-        elif packing:
-            first, second = (
-                examples.prompts.lengths + each.lengths for each in examples.completions
-            )
-            self._units, self.swapped = packer.pack_pairs(first, second, buckets[-1])
-            used = packer.filled(self._units, first, second, self.swapped)
+        if packing:
+            sides = _sides(examples)
+            self._units, self.swapped = _pack(sides, buckets[-1])
+            if self.swapped is None:
+                used = np.array([used[list(unit)].sum() for unit in self._units])
+            else:
+                used = packer.filled(self._units, sides[0], sides[1], self.swapped)
         # The same for every batch, so that packing adds no shapes.
         self._widest = max(map(len, self._units), default=1)
         self._bucket_of = np.searchsorted(buckets, used)
@@ -195,6 +218,9 @@ class Batches:
     def _plan(self, epoch: int) -> list[tuple[np.ndarray, int]]:
         """(units, length) of each batch of an epoch; -1 stands for a filler row."""
         order = self._order(epoch, 0, len(self._units))
+        if self.drop_remainder:
+            # Before they are told apart by length, or a few longest rows would be left over in every epoch.
+            order = order[: len(order) // self.batch_size * self.batch_size]
         batches = []
         carried = np.zeros(0, np.int64)
         for bucket, length in enumerate(self.examples.lengths.buckets):

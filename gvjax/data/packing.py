@@ -1,8 +1,11 @@
 """Which sequences share a row: fewer positions that hold no token, and a step costs what its tokens cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+STEPS = 64
+"""Steps from nothing to the longest row, in which `shortest` makes rows shorter."""
 
 OPEN_BINS = 256
 """Bins that `pack_pairs` still looks at; the fullest is closed when there are more."""
@@ -87,6 +90,32 @@ def pack_pairs(
         spaces[which, row_of_first] -= first[i]
         spaces[which, 1 - row_of_first] -= second[i]
     return [tuple(each) for each in bins], swapped
+
+
+def shortest(
+    rows_of: Callable[[int], int], capacity: int, *, longest: int, total: int
+) -> int:
+    """The shortest length, in steps of a 64th of `capacity`, of which no more rows are needed than of that.
+
+    Sequences seldom fill the last of their rows. Of a few rows that is much, and the same number of somewhat shorter ones
+    holds as many.
+
+    Args:
+      rows_of: how many rows of a length are needed.
+      capacity: the longest that rows may be.
+      longest: of the sequences.
+      total: tokens that the rows have to hold.
+    """
+    most = rows_of(capacity)
+    step = max(capacity // STEPS, 1)
+    fewer, bound = 0, (capacity - max(longest, -(-total // max(most, 1)))) // step
+    while fewer < bound:
+        middle = (fewer + bound + 1) // 2
+        if rows_of(capacity - middle * step) <= most:
+            fewer = middle
+        else:
+            bound = middle - 1
+    return capacity - fewer * step
 
 
 def filled(

@@ -49,7 +49,7 @@ def choose_kernel(
     | platform | kernel | where it applies |
     |---|---|---|
     | gpu | cudnn | bf16 or f16, head_dim <= 128 and a multiple of 8, no soft cap, not packed |
-    | tpu | splash | head_dim a multiple of 128 |
+    | tpu | splash | head_dim at most 128, or a multiple of it |
     | any other, and None | xla | always |
 
     `platform` is the mesh's, never the process' default backend: a program compiled ahead of time for a TPU is traced
@@ -64,7 +64,7 @@ def choose_kernel(
         and not packed
     ):
         return "cudnn"
-    if platform == "tpu" and head_dim % 128 == 0:
+    if platform == "tpu" and (head_dim < 128 or head_dim % 128 == 0):
         return "splash"
     return "xla"
 
@@ -143,6 +143,36 @@ def cached_attention(
         _grouped(queries, keys.shape[1]), keys, values, mask[:, None, None], config
     )
     return _ungrouped(heads_out)
+
+
+def selected_attention(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    config: AttentionConfig,
+    positions: jax.Array,
+) -> jax.Array:
+    """`causal_attention` of a few positions of whole sequences.
+
+    Args:
+      queries: [B, S, H, hd], of these positions only.
+      keys, values: [B, T, K, hd], of all.
+      config: AttentionConfig.
+      positions: int32[B, S], in [0, T).
+
+    Returns:
+      [B, S, H, hd].
+    """
+    places = jnp.arange(keys.shape[1])[None]
+    return cached_attention(
+        queries,
+        keys.swapaxes(1, 2),
+        values.swapaxes(1, 2),
+        config=config,
+        positions=positions,
+        slot_positions=jnp.broadcast_to(places, keys.shape[:2]),
+    )
 
 
 def group_attention(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gvjax.models import layers, transformer
+from gvjax.models import layers, platforms, transformer
 from gvjax.models.attention import cached_attention, causal_attention
 from gvjax.models.config import ModelConfig
 from gvjax.types import DecodeFn, Params
@@ -78,7 +78,7 @@ def decode_fn(
       `(params, tokens int32[B, S], positions int32[B, S], cache) -> (logits f32[B, V], cache)`; `positions` count from
       0 in each row, −1 marks padding; the logits are those after each row's token of the highest position.
     """
-    platform = transformer.platform_of(mesh, platform)
+    platform = platforms.name_of(mesh, platform)
 
     def decode(params, tokens, positions, cache):
         batch, count = tokens.shape
@@ -115,7 +115,8 @@ def decode_fn(
                     )
                 )
                 attention = config.attention(layer)
-                if prefill:
+                read = positions if queries.shape[1] == count else kept(positions)
+                if prefill and read is positions:
                     out = causal_attention(
                         queries,
                         keys,
@@ -129,7 +130,7 @@ def decode_fn(
                         queries,
                         *written,
                         config=attention,
-                        positions=positions,
+                        positions=read,
                         slot_positions=slot_positions,
                     )
                 return out.astype(queries.dtype), written

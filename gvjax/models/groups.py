@@ -9,8 +9,12 @@ import chex
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gvjax.models import transformer
-from gvjax.models.attention import causal_attention, group_attention
+from gvjax.models import platforms, transformer
+from gvjax.models.attention import (
+    causal_attention,
+    group_attention,
+    selected_attention,
+)
 from gvjax.models.config import ModelConfig
 from gvjax.models.layers import at
 from gvjax.types import GroupLogpsFn
@@ -37,7 +41,7 @@ def group_logps_fn(
             f"sliding_window is {config.sliding_window}; prompts can be shared only in models whose layers see"
             " everything, so use token_logps_fn"
         )
-    platform = transformer.platform_of(mesh, platform)
+    platform = platforms.name_of(mesh, platform)
 
     def logps_fn(params, prompts, prompt_lengths, completions):
         chex.assert_rank([prompts, prompt_lengths, completions], [2, 1, 3])
@@ -58,16 +62,20 @@ def group_logps_fn(
 
         def attend(layer: int, queries, keys, values):
             attention = config.attention(layer)
-            of_prompts = causal_attention(
-                *(part[:, :width] for part in (queries, keys, values)),
-                config=attention,
-                platform=platform,
-                mesh=mesh,
-            )
+            asked = queries.shape[1] - group * run
+            prompt_only = queries[:, :asked], keys[:, :width], values[:, :width]
+            if asked == width:
+                of_prompts = causal_attention(
+                    *prompt_only, config=attention, platform=platform, mesh=mesh
+                )
+            else:
+                of_prompts = selected_attention(
+                    *prompt_only, config=attention, positions=last[:, None]
+                )
             if run == 0:
                 return of_prompts
             of_completions = group_attention(
-                queries[:, width:],
+                queries[:, asked:],
                 keys,
                 values,
                 config=attention,

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from gvjax import masked
-from gvjax.models import transformer
+from gvjax.models import platforms, transformer
 from gvjax.models.config import ModelConfig
+from gvjax.models.layers import Kept, at
 from gvjax.types import Params, RewardFn, ValuesFn
 
 Pooling = Literal["last", "mean", "sum"]
@@ -94,9 +95,9 @@ def reward_fn(
             "pooling 'last' reads one token and has nothing to run over; leave `over` at 'completion'"
         )
 
-    # As for log-probabilities: nobody looks at the head over a prompt, and accelerators prefer whole sequences.
-    on_cpu = transformer.platform_of(mesh, platform) in (None, "cpu")
-    skip = shortest_prompt if on_cpu and over == "completion" else 0
+    # As for log-probabilities: nobody looks at the head over a prompt.
+    trims = platforms.traits(platforms.name_of(mesh, platform)).trims
+    skip = shortest_prompt if trims and over == "completion" else 0
 
     def pooled(scores, mask, real):
         """f32[B]: of scores f32[B, T], for completions at `mask` among the tokens at `real`."""
@@ -110,11 +111,22 @@ def reward_fn(
             value = pool(scores, seen, axis=1)
         return jnp.where(jnp.any(mask, axis=1), value, 0.0)
 
+    def of_last(params, tokens, mask):
+        place = jnp.maximum(_last(mask), 0)
+        scores = _scores(
+            config, params, tokens, mesh, platform, kept=lambda part: at(part, place)
+        )
+        return jnp.where(jnp.any(mask, axis=1), scores[:, 0], 0.0)
+
     def rewards(params, tokens, completion_mask, segments=None, num_segments=1):
         chex.assert_equal_shape([tokens, completion_mask])
         if segments is None:
-            scores = _scores(config, params, tokens, mesh, platform, skip=skip)
-            return pooled(scores, completion_mask, True)
+            if trims and pooling == "last":
+                return of_last(params, tokens, completion_mask)
+            first = min(skip, tokens.shape[1] - 1)
+            kept = (lambda part: part[:, first:]) if first else None
+            scores = _scores(config, params, tokens, mesh, platform, kept=kept)
+            return pooled(scores, completion_mask[:, first:], True)
         scores = _scores(config, params, tokens, mesh, platform, segments)
         chex.assert_equal_shape([tokens, segments])
 
@@ -163,21 +175,21 @@ def values_fn(
     return values
 
 
-def _scores(config, params, tokens, mesh, platform, segments=None, skip=0) -> jax.Array:
-    """f32[B, T]: the head at every position, 0 at the first `skip`; at least one is read."""
-    skip = min(skip, tokens.shape[1] - 1)
+def _scores(
+    config, params, tokens, mesh, platform, segments=None, kept: Kept | None = None
+) -> jax.Array:
+    """f32[B, T']: the head at every position, or at those that are kept."""
     states = transformer.hidden(
         config,
         params["trunk"],
         tokens,
         segments,
-        skip=skip,
+        kept=kept,
         mesh=mesh,
         platform=platform,
     )
     head = params["head"]
-    scores = (states.astype(jnp.float32) @ head["kernel"])[..., 0] + head["bias"]
-    return jnp.pad(scores, ((0, 0), (skip, 0)))
+    return (states.astype(jnp.float32) @ head["kernel"])[..., 0] + head["bias"]
 
 
 def _last(mask: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gvjax.models.config import ACTIVATIONS, ModelConfig
+from gvjax.models.platforms import traits
 from gvjax.models.xla import once, settled
 
 PROJECTIONS = ("query", "key", "value")
@@ -86,6 +87,7 @@ class Linear(nn.Module):
 
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""(queries of the positions that are kept, keys, values) -> (what they read, the cache)."""
 
 Kept = Callable[[jax.Array], jax.Array]
 """[B, T, ...] -> [B, T', ...]: the positions whose states go on."""
@@ -123,9 +125,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             queries = Norm(c, name="query_norm")(queries)
             keys = Norm(c, name="key_norm")(keys)
-        out, cache = attend(_rotate(queries, rotation), _rotate(keys, rotation), values)
-        if kept:
-            out = kept(out)
+        queries, keys = _rotate(queries, rotation), _rotate(keys, rotation)
+        out, cache = attend(kept(queries) if kept else queries, keys, values)
         out = out.reshape(-1, c.num_heads * c.width)
         return Linear(c.embed_dim, c.output_bias, name="output")(out), cache
 
@@ -221,8 +222,7 @@ def rotation_of(
         frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions[..., None].astype(jnp.float32) / scale * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if platform in (None, "cpu"):
-        # Else they are computed for every head, which takes longer than turning it.
+    if traits(platform).settles_tables:
         cos, sin = settled(cos), settled(sin)
     return cos[..., None, :], sin[..., None, :]
 

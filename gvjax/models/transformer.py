@@ -27,8 +27,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gvjax import logps
-from gvjax.models import draws
-from gvjax.models.attention import causal_attention
+from gvjax.models import draws, platforms
+from gvjax.models.attention import causal_attention, selected_attention
 from gvjax.models.config import ModelConfig
 from gvjax.models.layers import PROJECTIONS, Block, Kept, Norm, rotation_of
 from gvjax.types import Params
@@ -126,7 +126,7 @@ def hidden(
     tokens: jax.Array,
     segments: jax.Array | None = None,
     *,
-    skip: int = 0,
+    kept: Kept | None = None,
     mesh: Mesh | None = None,
     platform: str | None = None,
 ) -> jax.Array:
@@ -140,12 +140,13 @@ def hidden(
       params: from `init`; `unembed` is not read.
       tokens: int32[B, T].
       segments: int32[B, T] or None; with packing, a token sees its own segment only.
-      skip: < T, the first positions whose states nobody asks for: the last layer makes only their keys and values.
+      kept: `[B, T, ...] -> [B, T', ...]`, the positions whose states are asked for: of the others the last layer makes only
+        keys and values. None: all. Not with packing.
       mesh: where given, activations are split over it, batch over (data, fsdp).
       platform: what the program will run on, for the choice of kernels; None is the mesh's, and plain XLA without one.
 
     Returns:
-      [B, T − skip, D] in the config's dtype.
+      [B, T', D] in the config's dtype.
     """
     chex.assert_rank(tokens, 2)
     if config.learned_positions is not None:
@@ -157,27 +158,34 @@ def hidden(
             raise ValueError(
                 f"sequences of {tokens.shape[1]} tokens exceed learned_positions {config.learned_positions}; raise it"
             )
-    platform = platform_of(mesh, platform)
+    platform = platforms.name_of(mesh, platform)
+
+    positions = jnp.arange(tokens.shape[1])[None]
 
     def attend(layer: int, queries, keys, values):
+        attention = config.attention(layer)
+        if kept and queries.shape[1] < keys.shape[1]:
+            asked = kept(jnp.broadcast_to(positions, tokens.shape))
+            return selected_attention(
+                queries, keys, values, config=attention, positions=asked
+            )
         return causal_attention(
             queries,
             keys,
             values,
-            config=config.attention(layer),
+            config=attention,
             segments=segments,
             platform=platform,
             mesh=mesh,
         )
 
-    positions = jnp.arange(tokens.shape[1])[None]
     return run_layers(
         config,
         params,
         tokens,
         positions,
         attend,
-        kept=(lambda part: part[:, skip:]) if skip else None,
+        kept=kept,
         mesh=mesh,
         platform=platform,
     )
@@ -200,7 +208,8 @@ def run_layers(
       config, params, mesh, platform: as for `hidden`.
       tokens: int32[B, T].
       positions: int32[B, T] or [1, T], the position of each in its sequence, from 0.
-      attend: `(layer, queries [B, T, H, hd], keys [B, T, K, hd], values [B, T, K, hd]) -> [B, T, H, hd]`.
+      attend: `(layer, queries [B, T', H, hd], keys [B, T, K, hd], values [B, T, K, hd]) -> [B, T', H, hd]`; the queries
+        are those of the positions that are kept.
       kept: `[B, T, ...] -> [B, T', ...]`, the positions whose states are asked for: of the others the last layer makes only
         keys and values. None: all.
 
@@ -208,7 +217,7 @@ def run_layers(
       [B, T', D] in the config's dtype.
     """
     batch = len(tokens)
-    platform = platform_of(mesh, platform)
+    platform = platforms.name_of(mesh, platform)
     arrange = _arranging(mesh, platform)
 
     def run(layer: int, kept: Kept | None = None):
@@ -266,7 +275,7 @@ def scans(config: ModelConfig, platform: str | None) -> bool:
     """
     if config.scan_layers is not None:
         return config.scan_layers
-    return config.num_layers > (32 if platform in (None, "cpu") else 8)
+    return config.num_layers > platforms.traits(platform).unrolled_layers
 
 
 def unembedding(config: ModelConfig, params: Params) -> jax.Array:
@@ -298,7 +307,7 @@ def token_logps_fn(
     mesh: Mesh | None = None,
     platform: str | None = None,
 ) -> Callable[..., jax.Array]:
-    """A LogpsFn that never holds `[B, T, V]`.
+    """A LogpsFn that holds no more of `[B, T, V]` than one chunk, or all of it where that is small.
 
     Args:
       config: ModelConfig.
@@ -313,13 +322,12 @@ def token_logps_fn(
       tokens that are not scored.
     """
 
-    # The last token predicts nothing. On a CPU it need not be run; accelerators prefer lengths that are powers of two.
-    # Of a prompt only the last token predicts what is asked for; the others have done their part before the last layer ends.
-    # Nor need there be logits of what is not scored: accelerators would wait for each such decision.
-    on_cpu = platform_of(mesh, platform) in (None, "cpu")
+    # The last token predicts nothing. Of a prompt only the last token predicts what is asked for; the others have done their
+    # part before the last layer ends. Nor need there be logits of what is not scored.
+    trims = platforms.traits(platforms.name_of(mesh, platform)).trims
 
     def logps_fn(params, tokens, segments=None, scored=None):
-        stop = tokens.shape[1] - 1 if on_cpu and tokens.shape[1] > 1 else None
+        stop = tokens.shape[1] - 1 if trims and tokens.shape[1] > 1 else None
         skip = 0
         if stop is not None and segments is None:
             skip = max(min(shortest_prompt, stop) - 1, 0)
@@ -328,7 +336,7 @@ def token_logps_fn(
             params,
             tokens[:, :stop],
             None if segments is None else segments[:, :stop],
-            skip=skip,
+            kept=(lambda part: part[:, skip:]) if skip else None,
             mesh=mesh,
             platform=platform,
         )
@@ -338,7 +346,7 @@ def token_logps_fn(
             states,
             tokens[:, skip:],
             chunk_size,
-            scored=scored[:, skip:] if on_cpu and scored is not None else None,
+            scored=scored[:, skip:] if trims and scored is not None else None,
             mesh=mesh,
         )
         result = jnp.pad(result, ((0, 0), (skip, 0)))
@@ -426,7 +434,7 @@ _pieces.defvjp(
 
 def _arranging(mesh: Mesh | None, platform: str | None) -> Callable[[Params], Params]:
     """How one layer's parameters are laid out before they are multiplied with: as they are, but on a CPU."""
-    if platform not in (None, "cpu"):
+    if not platforms.traits(platform).arranges:
         return lambda layer: layer
     # Heads that are split over devices stay apart: side by side, they would have to be dealt out anew.
     join = mesh is None or mesh.shape["tensor"] == 1
@@ -469,20 +477,12 @@ def embed(
 
 def logits_of(config: ModelConfig, params: Params, states: jax.Array) -> jax.Array:
     """f32[..., V] of normalised states [..., D]."""
-    matrix = unembedding(config, params)
-    logits = jnp.dot(states, matrix, preferred_element_type=jnp.float32)
+    logits = logps.product(states, unembedding(config, params))
     return _softcap(logits, config.logit_softcap)
 
 
 def _softcap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def platform_of(mesh: Mesh | None, platform: str | None) -> str | None:
-    """What a program runs on: what is said, else the mesh's platform, else None."""
-    if platform is None and mesh is not None:
-        return mesh.devices.flat[0].platform
-    return platform
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *rest: str | None) -> jax.Array:

@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         "--no-search",
         dest="search",
         action="store_false",
-        help="do not look for what would fit where something does not",
+        help="do not look for what would fit where something does not, or for what fits and recomputes less",
     )
     add("--json", action="store_true", help="print all of it as JSON")
     return parser

@@ -29,7 +29,7 @@ class Compiled:
       peak: bytes, arguments and results included; where the compiler refused, what it says that it would need.
       refused: whether the compiler found that it does not fit.
       arguments, results, aliased: bytes; `aliased` of the results reuse the memory of donated arguments.
-      collectives, kernels: see `hlo`.
+      collectives, kernels, largest_array, host_calls: see `hlo`.
       seconds: that lowering and compiling took.
     """
 
@@ -40,6 +40,8 @@ class Compiled:
     aliased: int = 0
     collectives: tuple[hlo.Collective, ...] = ()
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
+    largest_array: str = ""
+    host_calls: tuple[str, ...] = ()
     seconds: float = 0.0
 
 
@@ -111,5 +113,7 @@ def _compile(program: Program, mesh: jax.sharding.Mesh) -> Compiled:
         aliased=memory.alias_size_in_bytes,
         collectives=tuple(hlo.collectives(text, dict(mesh.shape))),
         kernels=hlo.kernels(text),
+        largest_array=hlo.largest_array(text),
+        host_calls=tuple(hlo.host_calls(text)),
         seconds=time.monotonic() - begun,
     )

@@ -1,19 +1,30 @@
 """Whole plans: every stage of a run or study on a target, whether it fits, and what would where it does not."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from gvjax import config, sharding
+from gvjax import config, losses, sharding
 from gvjax.models.config import REMAT
 from gvjax.plan.compiling import Compiled, Compiler
 from gvjax.plan.programs import Program, Stage, stage_of
 from gvjax.plan.targets import Target
-from gvjax.recipes import checks
+from gvjax.recipes import checks, dpo
 from gvjax.recipes.ground import Ground, ground_of, task_of
 
 MAX_ROWS = 2**20
 """No batch larger than this is looked for."""
+
+RECOMPUTED = {"none": 0.0, "dots": 0.1, "full": 1 / 3}
+"""Share of a step's time that a remat policy is predicted to add: "full" is a forward again, of three; "dots" is what lies
+between the matrix products again, and attention."""
+
+SPLIT, SPLIT_SAMPLING = 0.2, 1.0
+"""The same for the data axis given to fsdp, which gathers every matrix twice a step where data parallelism adds up gradients
+once: half as much again goes over the network, in part while products run. A recipe that samples gathers all of them at
+every token, unless `mesh.gather_for_sampling`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +46,9 @@ class Row:
         """Bytes per device while it runs."""
         return self.compiled.peak + self.beside
 
+    def fits(self, usable: float) -> bool:
+        return self.total <= usable and not self.compiled.refused
+
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
@@ -44,14 +58,15 @@ class Planned:
       stage: what it holds and compiles.
       rows: one for each program.
       usable: bytes per device.
-      remedies: what would fit, where this does not: `key=value` overrides with the bytes that they bring it to.
+      cheapest: `key=value` overrides that fit and are predicted to cost least time, with the bytes that they bring it to;
+        where this fits, such as cost less than its own remat. None where there are none or it was not looked for.
       most: (field, largest number of rows that fits); None where it was not looked for, or nothing fits.
     """
 
     stage: Stage
     rows: tuple[Row, ...]
     usable: float
-    remedies: tuple[tuple[str, int], ...] = ()
+    cheapest: tuple[str, int] | None = None
     most: tuple[str, int] | None = None
 
     @property
@@ -61,9 +76,7 @@ class Planned:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.usable and not any(
-            row.compiled.refused for row in self.rows
-        )
+        return all(row.fits(self.usable) for row in self.rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +163,7 @@ def plan(
       target: the machine.
       devices: of it, from `compiling.devices`.
       only: names of parts; () plans all.
-      search: where a stage does not fit, look for what would.
+      search: where a stage does not fit, look for what would; where it recomputes something, for what fits without.
       max_batch: look for the largest batch of every stage that trains.
       watch: told what is being compiled.
 
@@ -181,9 +194,9 @@ def plan(
     for part in parts:
         label = part.name
         found = _planned(part.stage(ground), compiler, target)
-        if not found.fits and search:
-            remedies = tuple(_remedies(part, settings, target, ground, compiler, on))
-            found = dataclasses.replace(found, remedies=remedies)
+        if search:
+            cheapest = _cheapest(part, found, settings, target, ground, compiler, on)
+            found = dataclasses.replace(found, cheapest=cheapest)
         if found.stage.batch is not None and (max_batch or (search and not found.fits)):
             most = _largest_batch(part, ground, compiler, target)
             found = dataclasses.replace(found, most=most)
@@ -210,69 +223,153 @@ def _seed(settings: config.RunConfig | config.StudyConfig) -> int:
     )
 
 
-def _planned(stage: Stage, compiler: Compiler, target: Target) -> Planned:
+def _planned(
+    stage: Stage,
+    compiler: Callable[[Program], Compiled],
+    target: Target,
+    known: Mapping[str, Row] = MappingProxyType({}),
+) -> Planned:
+    """A stage compiled, but for those programs that are known by name."""
     rows = tuple(
-        Row(program, compiler(program), stage.beside(program))
+        known.get(program.name)
+        or Row(program, compiler(program), stage.beside(program))
         for program in stage.programs
     )
     return Planned(stage, rows, target.usable)
 
 
-def _remedies(
+def _cheapest(
     part: Part,
+    found: Planned,
     settings: config.RunConfig | config.StudyConfig,
     target: Target,
     ground: Ground,
-    compiler: Compiler,
-    on: Callable[..., tuple[Ground, Compiler]],
-) -> Iterator[tuple[str, int]]:
-    """Changes that keep the numbers a run comes to, and make it fit: fewer seeds at once, smaller slices of the batch, remat,
-    sharding."""
-    model, mesh = settings.model, settings.mesh
-    changes: list[tuple[str, dict, config.MeshSection]] = []
+    compiler: Callable[[Program], Compiled],
+    on: Callable[..., tuple[Ground, Callable[[Program], Compiled]]],
+) -> tuple[str, int] | None:
+    """What fits at the least predicted cost in time, of changes that keep the numbers a run comes to.
+
+        fewer seeds at once     nothing: a busy device takes as long for them one after the other
+        more micro-batches      about nothing: 3% at most is what steps are held to
+        remat dots, full        a tenth; a third: see `RECOMPUTED`
+        data axis to fsdp       a fifth; where it samples, more than anything else: see `SPLIT`
+
+    Fewer seeds are tried first. Then remat policies and meshes are tried together, by the sum of what they cost, each with
+    the fewest micro-batches that fit, at two compilations of the update where none do; the other programs change with the
+    mesh alone. Where the config fits, only what recomputes less than it does is looked for, on its own mesh.
+    """
     alone: list[str] = []
-    while part.seeds > 1:
+    while not found.fits and part.seeds > 1:
         part = part.of_seeds(part.seeds // 2)
         alone = [f"seeds_together={part.seeds}"]
         found = _planned(part.stage(ground), compiler, target)
         if found.fits:
-            yield alone[0], found.peak
-            return
-    fields = alone
-    # The cheapest first: what recomputes less takes less time.
-    for policy in REMAT[REMAT.index(ground.model.remat) + 1 :]:
-        fields = [*alone, f"model.remat={policy}"]
-        model = {**model, "remat": policy}
-        changes.append((" ".join(fields), model, mesh))
-    if ground.mesh.shape["data"] > 1:
-        fields = [*fields, "mesh.data=1", "mesh.fsdp=-1"]
-        mesh = mesh.model_copy(update={"data": 1, "fsdp": -1})
-        changes.append((" ".join(fields), model, mesh))
-    for text, changed_model, changed_mesh in changes:
-        ground, compiler = on(changed_model, changed_mesh)
+            return alone[0], found.peak
+    # The programs beside the update, by whether the data axis is given to fsdp.
+    beside: dict[bool, dict[str, Row]] = {False: _beside(found), True: {}}
+    for policy, split in _by_cost(part.section, found, settings, ground):
+        if found.fits and policy == ground.model.remat:
+            return None
+        if not all(row.fits(target.usable) for row in beside[split].values()):
+            continue
+        changed = split or policy != ground.model.remat
+        mesh = settings.mesh.model_copy(update={"data": 1, "fsdp": -1} if split else {})
+        model = {**settings.model, "remat": policy}
+        tried, compile_it = on(model, mesh) if changed else (ground, compiler)
         try:
-            checks.check_rows(part.section, ground)
+            checks.check_rows(part.section, tried)
         except ValueError:
             continue
-        found = _planned(part.stage(ground), compiler, target)
-        if found.fits:
-            yield text, found.peak
-            return
-    slices = getattr(part.section, "num_microbatches", None)
-    batch = part.stage(ground).batch
-    if slices is None or batch is None:
-        return
+        fitting = _fewest_slices(part, tried, compile_it, target, beside[split])
+        if fitting is not None:
+            slices, planned = fitting
+            changes = {
+                f"model.remat={policy}": policy != ground.model.remat,
+                "mesh.data=1 mesh.fsdp=-1": split,
+                f"num_microbatches={slices}": slices != _slices(part.section, tried)[0],
+            }
+            made = [text for text, differs in changes.items() if differs]
+            return " ".join([*alone, *made]), planned.peak
+    return None
+
+
+def _by_cost(
+    section: config.Recipe,
+    found: Planned,
+    settings: config.RunConfig | config.StudyConfig,
+    ground: Ground,
+) -> list[tuple[str, bool]]:
+    """(remat, whether the data axis is given to fsdp), the cheapest first."""
+    policies = REMAT if found.stage.batch is not None else (ground.model.remat,)
+    may_split = not found.fits and ground.mesh.shape["data"] > 1
+    samples = hasattr(section, "rewards") or hasattr(section, "on_policy_prompts")
+    gathers = samples and not settings.mesh.gather_for_sampling
+    of_split = SPLIT_SAMPLING if gathers else SPLIT
+    return sorted(
+        itertools.product(policies, (False, True) if may_split else (False,)),
+        key=lambda each: RECOMPUTED[each[0]] + of_split * each[1],
+    )
+
+
+def _beside(planned: Planned) -> dict[str, Row]:
+    """The programs that neither remat nor micro-batches change, by name."""
+    rows = {row.program.name: row for row in planned.rows}
+    return {name: row for name, row in rows.items() if name != "train step"}
+
+
+def _fewest_slices(
+    part: Part,
+    ground: Ground,
+    compiler: Callable[[Program], Compiled],
+    target: Target,
+    beside: dict[str, Row],
+) -> tuple[int | None, Planned] | None:
+    """The fewest micro-batches that fit, and what they take; None where the most do not fit.
+
+    Args:
+      part, ground, compiler, target: what is planned.
+      beside: of `_beside` on this mesh; filled where it is empty.
+    """
+
+    def planned(slices: int | None) -> Planned:
+        changes = {} if slices is None else {"num_microbatches": slices}
+        made = _planned(part.stage(ground, **changes), compiler, target, beside)
+        beside.update(_beside(made))
+        return made
+
+    given, *more = _slices(part.section, ground)
+    if more and not planned(given).fits and not planned(more[-1]).fits:
+        return None
+    for slices in (given, *more):
+        if (made := planned(slices)).fits:
+            return slices, made
+    return None
+
+
+def _slices(section: config.Recipe, ground: Ground) -> list[int | None]:
+    """Numbers of micro-batches from the config's on, doubled as long as the batch divides; [None] where it has none."""
+    given = getattr(section, "num_microbatches", None)
+    rows = section.batch_rows
+    if given is None or rows is None:
+        return [given]
+    coupled = isinstance(section, config.DpoSection) and losses.couples_rows(
+        dpo.make_loss(section)
+    )
+    apart = getattr(section, "on_policy_prompts", rows) != rows
+    if coupled or apart:
+        return [given]
     shards = sharding.batch_shards(ground.mesh)
-    rows = getattr(part.section, "batch_rows", None) or batch[1]
-    while (slices := 2 * slices) and rows % (slices * shards) == 0:
-        found = _planned(part.stage(ground, num_microbatches=slices), compiler, target)
-        if found.fits:
-            yield " ".join([*fields, f"num_microbatches={slices}"]), found.peak
-            return
+    found = [given]
+    while rows % (2 * found[-1] * shards) == 0:
+        found.append(2 * found[-1])
+    return found
 
 
 def _largest_batch(
-    part: Part, ground: Ground, compiler: Compiler, target: Target
+    part: Part,
+    ground: Ground,
+    compiler: Callable[[Program], Compiled],
+    target: Target,
 ) -> tuple[str, int] | None:
     """Bisects for the largest number of rows that fits."""
     stage = part.stage(ground)

@@ -1,4 +1,5 @@
-"""What the text of a compiled program says: its collectives, over which mesh axes they run, and its kernels.
+"""What the text of a compiled program says: its collectives, over which mesh axes they run, its kernels, its largest array,
+and its ways to the host.
 
 Instructions inside a loop are counted as often as the loop runs at most, where its condition compares with a constant:
 decoding may end earlier, when every row has drawn its EOS.
@@ -29,6 +30,11 @@ _COLLECTIVE = re.compile(
 _GROUPS = re.compile(
     r"(?:replica_groups|source_target_pairs)="
     r"(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[.*?\](?:, device_ids=\(.*?\))? \{.*?\})"
+)
+_HOST = re.compile(
+    r'custom_call_target="([^"]*(?:callback|Host)[^"]*)"'
+    r"| (infeed|outfeed)\("
+    r"| (send|recv)\(.*is_host_transfer=true"
 )
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 _CALLED = re.compile(
@@ -130,6 +136,21 @@ def kernels(text: str) -> dict[str, int]:
         if name == "tpu_custom_call" or name.startswith(("__cudnn$fmha", "__cudnn$")):
             counts[name] += 1
     return dict(counts)
+
+
+def largest_array(text: str) -> str:
+    """The shape of the array with most elements of any that a compiled program names, such as "f32[4096,256]".
+
+    Also one that a fusion makes and reads without keeping it: what is not among them is nowhere in memory.
+    """
+    shapes = set(_SHAPE.findall(text))
+    dtype, dims = max(shapes, key=lambda each: (math.prod(_ints(each[1])), each))
+    return f"{dtype}[{dims}]"
+
+
+def host_calls(text: str) -> list[str]:
+    """How a compiled program reaches the host while it runs: callbacks into Python, infeed, outfeed, sends and receives."""
+    return sorted({"".join(found) for found in _HOST.findall(text)})
 
 
 def _times(text: str) -> dict[str, int]:

@@ -27,7 +27,8 @@ def stage_json(planned: Planned, target: Target) -> dict[str, Any]:
         },
         "batch": planned.stage.batch,
         "largest_batch": planned.most,
-        "remedies": planned.remedies,
+        "remedies": [planned.cheapest] if planned.cheapest and not planned.fits else [],
+        "cheaper": planned.cheapest if planned.fits else None,
         "programs": [_row_json(row, planned, target) for row in planned.rows],
     }
 
@@ -58,6 +59,8 @@ def _row_json(row: Row, planned: Planned, target: Target) -> dict[str, Any]:
         else "memory",
         "collectives": [dataclasses.asdict(each) for each in compiled.collectives],
         "kernels": compiled.kernels,
+        "largest_array": compiled.largest_array,
+        "host_calls": compiled.host_calls,
         "compile_seconds": round(compiled.seconds, 1),
     }
 
@@ -95,6 +98,12 @@ def show(stage: Json, console: Console) -> None:
             console.print(f"  {row['program']}: {moved}", highlight=False)
     for text, peak in stage["remedies"]:
         console.print(f"  would fit: {text} ({_gib(peak)} GiB)", highlight=False)
+    if stage["cheaper"] is not None:
+        text, peak = stage["cheaper"]
+        console.print(
+            f"  fits too, and recomputes less: {text} ({_gib(peak)} GiB)",
+            highlight=False,
+        )
     if stage["largest_batch"] is not None:
         field, rows = stage["largest_batch"]
         console.print(f"  largest batch that fits: {field}={rows}", highlight=False)

@@ -42,7 +42,7 @@ def train(
         return batch_of(rows)
 
     feed = Ahead(batch_at, stop=settings.steps)
-    if settings.packed_length is not None:
+    if settings.packed_length is not None or settings.length_buckets is not None:
         rows = packed.pairs(pairs, ground, settings, inputs.seed, "packed pairs")
         feed = Ahead(rows.batch_at, stop=settings.steps)
 

@@ -24,6 +24,7 @@ from gvjax.models import (
 )
 from gvjax.models.config import ModelConfig
 from gvjax.models.lora import LoraConfig
+from gvjax.models.platforms import traits
 from gvjax.tasks.task import Task
 from gvjax.types import (
     LogpsFn,
@@ -63,6 +64,8 @@ class Ground:
       rows_per_call: completions in one compiled call where nothing is learned.
       gather_for_sampling: sampling reads matrices that the fsdp axis does not split.
       compact_sampling: sampling goes on without the completions that have ended.
+      share_prompts: the completions of one prompt are trained on with the prompt run once; None is where that is known to
+        pay, on a CPU.
       shortest_prompt: tokens that every prompt has at least; 0 where that is not known.
 
     A policy is either plain parameters or, while adapters are trained, `lora.adapted(base, adapters)`; every function
@@ -80,6 +83,7 @@ class Ground:
     rows_per_call: int = 512
     gather_for_sampling: bool = False
     compact_sampling: bool = False
+    share_prompts: bool | None = None
     shortest_prompt: int = 0
 
     @property
@@ -91,15 +95,11 @@ class Ground:
         return plain if self.lora is None else of_params(plain, self.with_adapters)
 
     def group_logps_fn(self, group_size: int) -> LogpsFn | SharedPrompts:
-        """The same for batches whose rows come in groups of one prompt, which is run once where that pays.
-
-        On platforms other than a CPU the kernels of whole sequences are kept until it has been measured there.
-        """
-        if (
-            group_size == 1
-            or sharding.platform(self.mesh) != "cpu"
-            or self.model.sliding_window is not None
-        ):
+        """The same for batches whose rows come in groups of one prompt, which is run once if prompts are shared."""
+        shares = self.share_prompts
+        if shares is None:
+            shares = traits(sharding.platform(self.mesh)).shares_prompts
+        if group_size == 1 or not shares or self.model.sliding_window is not None:
             return self.logps_fn
         model = SharedPrompts(
             groups.group_logps_fn(self.model, mesh=self.mesh),
@@ -472,6 +472,11 @@ def ground_of(
         )
         for name in ("num_heads", "kv_heads"):
             sharding.check_tensor_size(placed, getattr(shape, name), f"model.{name}")
+        if mesh.share_prompts and shape.sliding_window is not None:
+            raise ValueError(
+                f"share_prompts is true and the model has a sliding window of {shape.sliding_window}, whose edge would lie"
+                " elsewhere in every completion; leave it null"
+            )
         ground = Ground(
             model=shape,
             mesh=placed,
@@ -483,6 +488,7 @@ def ground_of(
             rows_per_call=mesh.rows_per_call,
             gather_for_sampling=mesh.gather_for_sampling,
             compact_sampling=mesh.compact_sampling,
+            share_prompts=mesh.share_prompts,
             shortest_prompt=getattr(task, "min_prompt_length", 0),
         )
         ground.policy_shapes()

@@ -27,7 +27,7 @@ def train(
       run: where it is kept.
     """
     together = None
-    if settings.packed_length is not None:
+    if settings.packed_length is not None or settings.length_buckets is not None:
         together = packed.demonstrations(task, ground, settings, seed)
     compiled, schedule = program(ground, settings)
     policy = ground.init_policy(role_key(seed, "init"))

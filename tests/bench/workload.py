@@ -191,14 +191,14 @@ def text(ids):
     return " ".join(f"w{i}" for i in ids)
 
 
-def make(name, out, pairs=512, seed=0):
+def make(name, out, pairs=512, seed=0, weights=True):
     m = MODELS[name]
     path = pathlib.Path(out) / name
     path.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     (path / "config.json").write_text(json.dumps(hf_config(m), indent=1))
     write_tokenizer(path, m["vocab"])
-    if not m.get("config_only"):
+    if weights and not m.get("config_only"):
         from safetensors.numpy import save_file
 
         save_file(

@@ -307,6 +307,20 @@ def test_dropping_the_remainder_loses_less_than_a_batch_and_not_always_the_same(
     assert len(set(missing)) > 1
 
 
+def test_no_length_is_always_what_an_epoch_leaves_out():
+    """One long row among short ones: a bucket that it could never fill must not keep it from every epoch."""
+    rows = [DemonstrationRow("p", "c" * (40 if i == 3 else 2)) for i in range(11)]
+    batches = Batches(encoded(sources.from_rows(rows)), batch_size=4, seed=0)
+    assert batches.batches_per_epoch == 2
+    seen = collections.Counter()
+    for step in range(2 * 60):
+        for (position,) in batches.rows_at(step):
+            seen[position] += 1
+    # Of 60 epochs 8/11 on average.
+    assert set(seen) == set(range(11))
+    assert min(seen.values()) > 30
+
+
 def test_epochs_and_seeds_differ():
     examples = encoded(demonstrations(64))
     orders = {

@@ -73,6 +73,34 @@ def test_many_open_bins_are_closed_and_nothing_is_lost(monkeypatch):
     assert packing.filled(bins, first, second, swapped).max() <= 64
 
 
+def packed_at(lengths):
+    return lambda capacity: len(packing.pack(lengths, capacity))
+
+
+def test_the_shortest_rows_by_hand():
+    # Seven of 10 fill 2.2 rows of 32: three rows, for which 30 is enough and 29 is not.
+    lengths = np.full(7, 10)
+    assert packing.shortest(packed_at(lengths), 32, longest=10, total=70) == 30
+    # Fourteen of 10 in five rows, though 28 would hold as many tokens.
+    lengths = np.full(14, 10)
+    assert packing.shortest(packed_at(lengths), 32, longest=10, total=140) == 30
+    # Never shorter than a sequence: two rows of 30 would hold 60 tokens, but not one of 40.
+    lengths = np.array([40, 10, 10])
+    assert packing.shortest(packed_at(lengths), 45, longest=40, total=60) == 40
+    assert packing.shortest(packed_at(lengths), 40, longest=40, total=60) == 40
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_shortest_rows_hold_all_in_no_more(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(20, 120, 30)
+    rows_of, total = packed_at(lengths), int(lengths.sum())
+    short = packing.shortest(rows_of, 512, longest=int(lengths.max()), total=total)
+    assert rows_of(short) == rows_of(512)
+    assert (512 - short) % 8 == 0
+    assert total / (rows_of(short) * short) > 0.95
+
+
 @functools.cache
 def both_batches():
     """(every pair in a row of its own, the same pairs packed and in which order), with reference log-probabilities."""

@@ -173,6 +173,29 @@ def test_a_rerun_repeats_nothing_and_another_judge_redoes_no_stage(
     assert (where / "run" / "gap.json").read_bytes() == before
 
 
+@pytest.mark.exhaustive
+def test_seeds_that_are_done_together_measure_what_each_does_alone(where, measured):
+    """`jax.vmap` adds up in another order, and training carries that on."""
+    assert gap(where, {**TOY, "run_dir": "lanes", "seeds_together": 2})[0] == 0
+
+    def measures(run_dir):
+        found = GapFindings.from_json((where / run_dir / "gap.json").read_text())
+        (task,) = found.tasks
+        yield from (
+            (f"{quantity.key} {quantity.name} {seed}", value)
+            for quantity in task.quantities
+            for seed, value in quantity.seeds.items()
+        )
+        for scorer in task.scorers:
+            for seed, value in scorer.log_likelihood.items():
+                yield f"{scorer.name} {seed}", value
+
+    alone, together = dict(measures("run")), dict(measures("lanes"))
+    assert set(together) == set(alone)
+    for name, value in alone.items():
+        assert together[name] == pytest.approx(value, abs=1e-3), name
+
+
 @pytest.mark.slow
 def test_people_judge_through_a_sheet(where, measured, capsys):
     data = {**TOY, "judge": {"kind": "human", "directory": "sheets"}}

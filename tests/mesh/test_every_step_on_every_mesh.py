@@ -19,7 +19,7 @@ from gvjax.recipes.ground import Ground, ground_of
 from gvjax.recipes.programs import sampler, scorer
 from gvjax.recipes.rows import role_key
 from gvjax.tasks.tour import Tour
-from gvjax.types import PreferenceBatch, Rollouts, SequenceBatch
+from gvjax.types import PreferenceBatch, Rollouts, SequenceBatch, SharedPrompts
 
 MESHES = {
     "8x1x1": (8, 1, 1),
@@ -282,11 +282,33 @@ SIZES = {"embed_dim": 32, "num_layers": 1, "num_heads": 4, "mlp_dim": 64}
             "size 12 is not divisible by fsdp=8; use a size of 8 or 16, or split it",
         ),
         ({}, {"data": 3}, "data=3 x fsdp=1 x tensor=1 needs 3 devices and there are 8"),
+        (
+            {"sliding_window": 4},
+            {"share_prompts": True},
+            "share_prompts is true and the model has a sliding window of 4",
+        ),
     ],
 )
 def test_networks_that_do_not_fit_the_mesh_are_refused(sizes, mesh, message):
     with pytest.raises(config.ConfigError, match=message):
         ground_of(TOUR, {**SIZES, **sizes}, config.MeshSection(**mesh))
+
+
+@pytest.mark.parametrize(
+    "section, platform, shared",
+    [
+        (None, "cpu", True),
+        (None, "gpu", False),
+        (True, "gpu", True),
+        (False, "cpu", False),
+    ],
+)
+def test_prompts_are_shared_where_it_is_said_or_known_to_pay(
+    section, platform, shared, monkeypatch
+):
+    ground = ground_of(TOUR, SIZES, config.MeshSection(share_prompts=section))
+    monkeypatch.setattr(sharding, "platform", lambda mesh: platform)
+    assert isinstance(ground.group_logps_fn(4), SharedPrompts) == shared
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,23 @@
 """Attention against its definition, and the kernel that each platform gets."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash_kernels,
+)
 
 from gvjax.models import layers
-from gvjax.models.attention import AttentionConfig, causal_attention, choose_kernel
+from gvjax.models.attention import (
+    AttentionConfig,
+    causal_attention,
+    choose_kernel,
+    selected_attention,
+)
 from gvjax.models.config import ModelConfig
 
 
@@ -23,6 +34,24 @@ def naive(queries, keys, values, config, segments):
         weights = np.exp(scores - scores.max())
         out[b, t, h] = weights / weights.sum() @ values[b, seen, h // group]
     return out
+
+
+def random_heads(length, head_dim):
+    """Queries of four heads, keys and values of two."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, length, heads, head_dim) for heads in (4, 2, 2)]
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("config", [AttentionConfig(0.5), AttentionConfig(0.5, 5, 0.7)])
+def test_a_few_positions_read_what_they_read_among_all(config):
+    queries, keys, values = random_heads(9, 4)
+    positions = jnp.array([[0, 5], [8, 3]])
+    picked = jnp.take_along_axis(queries, positions[:, :, None, None], axis=1)
+    got = selected_attention(picked, keys, values, config=config, positions=positions)
+    whole = causal_attention(queries, keys, values, config=config)
+    expected = jnp.take_along_axis(whole, positions[:, :, None, None], axis=1)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [7, 300, 1030])
@@ -125,7 +154,8 @@ def test_rotation_turns_pairs_of_the_rotated_part_only():
         ("xla", {"platform": "cpu"}),
         ("splash", {"platform": "tpu"}),
         ("splash", {"platform": "tpu", "packed": True, "dtype": jnp.float32}),
-        ("xla", {"platform": "tpu", "head_dim": 64}),
+        ("splash", {"platform": "tpu", "head_dim": 64}),
+        ("xla", {"platform": "tpu", "head_dim": 192}),
     ],
     ids=str,
 )
@@ -140,6 +170,33 @@ def test_the_kernel_follows_platform_and_shapes(expected, change):
     settings = {**usual, **change}
     settings["dtype"] = jnp.dtype(settings["dtype"])
     assert choose_kernel(settings.pop("config"), **settings) == expected
+
+
+@pytest.mark.parametrize(
+    "head_dim, softcap, packed", [(64, None, False), (128, 5.0, True)]
+)
+def test_the_kernel_of_tpus_has_the_numbers_of_plain_attention(
+    head_dim, softcap, packed, monkeypatch
+):
+    # Interpreted, step by step, where there is no TPU. Its values, and what a gradient makes of them.
+    make = functools.partial(splash_kernels.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_kernels, "make_splash_mha", make)
+    window = 40 if packed else None
+    config = AttentionConfig(head_dim**-0.5, window=window, softcap=softcap)
+    segments = np.repeat([[1, 2, 3]], 2, 0).repeat(50, 1) if packed else None
+    heads = random_heads(150, head_dim)
+
+    def both(platform):
+        def attend(*heads):
+            return causal_attention(
+                *heads, config=config, segments=segments, platform=platform
+            )
+
+        weights = jnp.cos(jnp.arange(head_dim))
+        gradient = jax.grad(lambda *heads: jnp.sum(attend(*heads) * weights), (0, 1, 2))
+        return jax.jit(attend)(*heads), jax.jit(gradient)(*heads)
+
+    chex.assert_trees_all_close(both("tpu"), both(None), atol=1e-5)
 
 
 @pytest.mark.parametrize(

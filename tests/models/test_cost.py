@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gvjax.models import cost, shapes, transformer
+from gvjax.models import cost, decoding, shapes, transformer
 from gvjax.models.config import ModelConfig
 
 SMALL = ModelConfig(
@@ -135,6 +135,49 @@ def test_the_compiler_agrees_on_matrix_products():
     counted = forward.lower(params, tokens).compile().cost_analysis()["flops"]
     ours = 2 * cost.forward_flops(model, 16)
     assert ours < counted < 1.1 * ours
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "rows", "length", "of_it"),
+    [
+        # Nearly all of it matrices; nearly all of it cache, and half as much with half the heads.
+        (4, 2, 32, "matrices"),
+        (4, 64, 512, "cache"),
+        (2, 64, 512, "cache"),
+    ],
+)
+def test_the_compiler_agrees_on_the_bytes_of_a_decode_step(
+    kv_heads, rows, length, of_it
+):
+    """XLA's own count for one token a row after a full cache, which is written in place: at most a quarter more.
+
+    The rest is what stays in a chip's own memory or is small beside a real network: scores and probabilities, written
+    and read again by softmax, activations, logits, and the slots that the new token takes.
+    """
+    model = dataclasses.replace(
+        shapes.TINY,
+        vocab_size=1024,
+        embed_dim=256,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=kv_heads,
+        mlp_dim=1024,
+    )
+    matrices = 4 * (cost.body_params(model) + cost.head_params(model))
+    ours = cost.decode_bytes(model, rows, length)
+    share = matrices / ours
+    assert (share if of_it == "matrices" else 1 - share) > 0.75
+    decode = jax.jit(decoding.decode_fn(model), donate_argnums=3)
+    params = jax.eval_shape(
+        lambda params: decoding.decode_params(model, params),
+        transformer.init_shapes(model),
+    )
+    cache = jax.eval_shape(
+        lambda: {**decoding.init_cache(model, rows, length), "slot": jnp.int32(0)}
+    )
+    token = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+    program = decode.lower(params, token, token, cache).compile()
+    assert ours < program.cost_analysis()["bytes accessed"] < 1.25 * ours
 
 
 def test_an_unknown_shape_is_refused():

@@ -6,6 +6,7 @@ The golden peaks are those of libtpu 0.0.42.1 at O0; another version may need ot
 
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -18,13 +19,14 @@ from gvjax.plan import command
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = "tests/plan/tiny.yaml"
+STUDY = "tests/plan/tiny_study.yaml"
 VOCABULARY, WIDTH = 768, 256
 
 PEAKS = {
-    "sample 64 x 2": 21_924_352,
+    "sample 64 x 2": 19_485_184,
     "start": 6_839_296,
     "train step": 60_027_392,
-    "sample 64 x 1": 20_152_832,
+    "sample 64 x 1": 18_399_744,
     "score 64": 16_629_248,
 }
 """Bytes per device on v5e-4."""
@@ -59,8 +61,9 @@ def planned(*words, config=TINY):
     return done.returncode, json.loads(done.stdout)
 
 
-def programs_of(plan):
-    (stage,) = plan["stages"]
+def programs_of(plan, name=None):
+    """Program -> its row, of the stage of a name or the only one."""
+    (stage,) = [each for each in plan["stages"] if name in (None, each["stage"])]
     return {row["program"]: row for row in stage["programs"]}
 
 
@@ -72,6 +75,52 @@ def no_logits_are_gathered(plan):
                 continue
             shape = [int(n) for n in re.findall(r"\d+", each["largest"].split("[")[1])]
             assert shape[-1:] != [VOCABULARY] or shape[0] <= WIDTH, (name, each)
+
+
+STUDY_PROGRAMS = [
+    *(("sft", name) for name in ("init", "train step")),
+    *(("DPO", name) for name in ("train step", "sample 64 x 1", "score 64")),
+    *(("online DPO", name) for name in ("sample 64 x 2", "reward scoring 128")),
+    *(("online DPO", name) for name in ("pair up", "reference scoring")),
+    ("online DPO", "train step"),
+]
+"""Of `STUDY`: all that SFT, DPO and online DPO do again and again, and what makes the first parameters."""
+
+SCORED = ("train step", "reference scoring")
+"""Those that take the logits of 128 rows, 64 of them on each device, with half of the vocabulary."""
+
+
+COMPILERS = [("v5e-4", "libtpu"), ("4xh100", "jax_plugins.xla_cuda12")]
+"""(target, the module that compiles for it)."""
+
+
+def planned_study(target):
+    only = (("--only", name) for name in ("sft", "DPO", "online DPO"))
+    words = [word for pair in only for word in pair]
+    code, plan = planned("--on", target, "--no-search", *words, config=STUDY)
+    assert code == command.FITS
+    return plan
+
+
+@pytest.fixture(scope="module", params=COMPILERS, ids=dict(COMPILERS))
+def study(request):
+    target, module = request.param
+    if not is_there(module):
+        pytest.skip(f"{module} is not installed")
+    return planned_study(target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "program"), STUDY_PROGRAMS)
+def test_no_program_of_a_study_asks_the_host_or_holds_all_logits(study, stage, program):
+    """Nor is any array as large as all logits; the largest is a part of them where logits are taken."""
+    row = programs_of(study, stage)[program]
+    assert row["host_calls"] == []
+    shape = [int(n) for n in re.findall(r"\d+", row["largest_array"].split("[")[1])]
+    # Of 128 rows each device has half, of the vocabulary too; a row's last position predicts nothing.
+    assert math.prod(shape) <= 64 * 127 * 4096 / 2, row["largest_array"]
+    if program in SCORED:
+        assert shape[-1] == 4096, "this looks at the wrong program"
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +139,13 @@ class TestTpu:
         assert stage["headroom"] == stage["usable"] - stage["peak"] > 0
         assert set(programs_of(tpu)) == set(PEAKS)
 
+    def test_that_it_need_not_recompute_is_told(self, tpu):
+        (stage,) = tpu["stages"]
+        change, peak = stage["cheaper"]
+        assert change == "model.remat=none"
+        assert stage["peak"] < peak <= stage["usable"]
+        assert stage["remedies"] == []
+
     @pytest.mark.parametrize("program", PEAKS)
     def test_peaks_are_those_known(self, tpu, program):
         found = programs_of(tpu)[program]["peak"]
@@ -103,8 +159,8 @@ class TestTpu:
         # Forward, its repetition for the gradient, and two backward kernels, in one scanned layer.
         assert rows["train step"]["kernels"] == {"tpu_custom_call": 4}
         assert rows["score 64"]["kernels"] == {"tpu_custom_call": 1}
-        # Prefill, in each of the two layers.
-        assert rows["sample 64 x 2"]["kernels"] == {"tpu_custom_call": 2}
+        # Prefill, in the first of two layers: of the last one only each prompt's last token is asked for.
+        assert rows["sample 64 x 2"]["kernels"] == {"tpu_custom_call": 1}
 
     def test_donation_is_complete(self, tpu):
         step = programs_of(tpu)["train step"]

@@ -115,3 +115,46 @@ def test_a_program_compiled_here():
         "tensor",
         16 * 32 * 4,
     )
+
+
+def test_the_largest_array_has_most_numbers_and_not_most_bytes():
+    lines = "%a = f32[2,3]{1,0} add(%b), %c = (bf16[9]{0}, s32[], pred[]) tuple()"
+    assert hlo.largest_array(lines) == "bf16[9]"
+
+
+@pytest.mark.parametrize("call", [jax.debug.callback, jax.pure_callback])
+def test_a_way_into_python_is_found(call):
+    def program(x):
+        x = x * 2
+        if call is jax.pure_callback:
+            return call(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+        call(print, x)
+        return x
+
+    shape = jax.ShapeDtypeStruct((3,), jnp.float32)
+    (found,) = hlo.host_calls(jax.jit(program).lower(shape).compile().as_text())
+    assert "callback" in found
+    alone = jax.jit(lambda x: x * 2).lower(shape).compile().as_text()
+    assert hlo.host_calls(alone) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        (
+            "%c.8 = (f32[8]{0}, u32[], token[]) send(%x.1, %c.7), channel_id=1, is_host_transfer=true",
+            ["send"],
+        ),
+        (
+            "%c.9 = (f32[8]{0}, u32[], token[]) recv(%c.8), channel_id=2, is_host_transfer=true, frontend_attributes={}",
+            ["recv"],
+        ),
+        # Between devices.
+        ("%c.8 = (f32[8]{0}, u32[], token[]) send(%x.1, %c.7), channel_id=1", []),
+        ("%i = (f32[8]{0}, token[]) infeed(%t)", ["infeed"]),
+        ("%o = token[] outfeed(%x, %t)", ["outfeed"]),
+        ('custom_call_target="tpu_custom_call"', []),
+    ],
+)
+def test_ways_to_the_host_as_accelerators_write_them(line, found):
+    assert hlo.host_calls(line) == found

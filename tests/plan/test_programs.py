@@ -1,11 +1,12 @@
 """The plan of a recipe against the recipe itself: what is planned must be what runs."""
 
 import pathlib
+import types
 
 import jax
 import pytest
 
-from gvjax import config
+from gvjax import config, sharding
 from gvjax.plan import fitting, programs, report, targets
 from gvjax.plan.compiling import Compiled
 from gvjax.recipes import checks, single
@@ -168,65 +169,140 @@ def test_a_tensor_axis_over_hosts_is_refused():
 
 
 class FakePart:
-    """A recipe whose stages are named by what was changed about them."""
+    """A recipe whose programs' keys say how large they are."""
 
-    def __init__(self, rows=64, seeds=1):
-        self.rows, self.seeds = rows, seeds
-        self.section = config.DpoSection(batch_size=rows)
+    def __init__(self, section, seeds=1):
+        self.section, self.seeds = section, seeds
 
     def of_seeds(self, seeds):
-        return FakePart(self.rows, seeds)
+        return FakePart(self.section, seeds)
 
     def stage(self, ground, **changes):
-        made = {"batch_size": self.rows, "num_microbatches": 1, **changes}
-        rows = self.seeds * made["batch_size"]
-        name = f"{rows} {made['num_microbatches']} {ground.model.remat}"
-        return programs.Stage(name, {}, (), ("batch_size", made["batch_size"]))
+        made = self.section.model_copy(update=changes)
+        split = ground.mesh.shape["fsdp"]
+        rows = self.seeds * made.batch_rows // sharding.batch_shards(ground.mesh)
+        step = (rows, made.num_microbatches, ground.model.remat, split)
+        called = [
+            programs.Program("train step", step, None),
+            programs.Program("sample", (split, ground.model.remat), None),
+        ]
+        return programs.Stage("s", {}, tuple(called), ("batch_size", made.batch_rows))
 
 
-@pytest.fixture
-def gib_a_row(monkeypatch):
-    """A GiB for every row of a micro-batch, three quarters of it or half with remat, of 16."""
+class FakeCompiler:
+    """A GiB for every row of a micro-batch, three quarters of it or half with remat, and 4 of parameters; sampling takes
+    `sampling`. What fsdp splits is the parameters and the sampling."""
 
-    def planned(stage, compiler, target):
-        rows, slices, remat = stage.name.split()
-        share = {"none": 1.0, "dots": 0.75, "full": 0.5}[remat]
-        peak = int(share * int(rows) * 2**30) // int(slices)
-        row = fitting.Row(None, Compiled(peak), 0)
-        return fitting.Planned(stage, (row,), 16 * 2**30)
+    def __init__(self, sampling=0.0):
+        self.sampling, self.compiled = sampling, []
 
-    monkeypatch.setattr(fitting, "_planned", planned)
+    def __call__(self, program):
+        if program.key not in self.compiled:
+            self.compiled.append(program.key)
+        if program.name == "sample":
+            return Compiled(int(self.sampling * 2**30) // program.key[0])
+        rows, slices, remat, split = program.key
+        of_row = {"none": 1.0, "dots": 0.75, "full": 0.5}[remat]
+        return Compiled(int((of_row * rows / slices + 4 / split) * 2**30))
 
 
-def test_the_largest_batch_is_found_by_bisection(ground, gib_a_row):
-    assert fitting._largest_batch(FakePart(), ground, None, None) == ("batch_size", 16)
+def cheapest(section, remat="none", *, data=1, seeds=1, sampling=0.0, gather=False):
+    """(what `_cheapest` says with a room of 16 GiB, the keys of what it compiled for it)."""
+    mesh = config.MeshSection(data=data, gather_for_sampling=gather)
+    model = {**STUDY.model, "remat": remat}
+    settings = STUDY.model_copy(update={"model": model, "mesh": mesh})
+    compiler = FakeCompiler(sampling)
+
+    def on(model, mesh):
+        devices = jax.devices()[:data]
+        task = task_of(STUDY.task, 0)
+        return ground_of(task, model, mesh, devices=devices), compiler
+
+    ground, _ = on(model, mesh)
+    part = FakePart(section, seeds)
+    found = fitting._planned(part.stage(ground), compiler, ROOM)
+    before = len(compiler.compiled)
+    arguments = (part, found, settings, ROOM, ground, compiler, on)
+    return fitting._cheapest(*arguments), compiler.compiled[before:]
+
+
+ROOM = types.SimpleNamespace(usable=16 * 2**30)
+
+
+def dpo(rows, **changes):
+    return config.DpoSection(batch_size=rows, **changes)
+
+
+def online(prompts):
+    return config.OnlineDpoSection(prompts_per_step=prompts)
+
+
+SPLIT = "mesh.data=1 mesh.fsdp=-1"
+
+
+def test_the_largest_batch_is_found_by_bisection(ground):
+    found = fitting._largest_batch(FakePart(dpo(64)), ground, FakeCompiler(), ROOM)
+    assert found == ("batch_size", 12)
 
 
 @pytest.mark.parametrize(
-    ("rows", "seeds", "expected", "gib"),
+    ("section", "given", "expected", "gib"),
     [
-        # Half of 64 GiB is too much still; in two slices it is 16.
-        (64, 1, "model.remat=full num_microbatches=2", 16),
-        (32, 1, "model.remat=full", 16),
-        # The cheapest that fits.
-        (20, 1, "model.remat=dots", 15),
+        # Micro-batches cost about nothing; the fewest that fit.
+        (dpo(64), {}, "num_microbatches=8", 12),
+        (dpo(24), {}, "num_microbatches=2", 16),
+        (dpo(48, num_microbatches=2), {}, "num_microbatches=4", 16),
+        # So those of them without remat, where the config has it and does not fit either.
+        (dpo(64), {"remat": "full"}, "model.remat=none num_microbatches=8", 12),
+        # An odd number of rows cannot be cut.
+        (dpo(15), {}, "model.remat=dots", 15.25),
+        (dpo(23), {}, "model.remat=full", 15.5),
+        # Nor can a loss that compares rows.
+        (dpo(16, loss="aot", beta=0.1), {}, "model.remat=dots", 16),
         # Seeds one after the other cost nothing.
-        (8, 4, "seeds_together=2", 16),
-        (20, 3, "seeds_together=1 model.remat=dots", 15),
+        (dpo(6), {"seeds": 4}, "seeds_together=2", 16),
+        (dpo(15), {"seeds": 3}, "seeds_together=1 model.remat=dots", 15.25),
+        (dpo(16), {"seeds": 2}, "seeds_together=1 num_microbatches=2", 12),
+        # Less of the parameters on each of two devices costs less than recomputing everything,
+        (dpo(34), {"data": 2}, f"model.remat=dots {SPLIT}", 14.75),
+        # but more than that where every token that is sampled gathers them.
+        (online(34), {"data": 2}, "model.remat=full", 12.5),
+        (online(34), {"data": 2, "gather": True}, f"model.remat=dots {SPLIT}", 14.75),
+        # Only this makes room for samples.
+        (dpo(28), {"data": 2, "sampling": 24.0}, SPLIT, 16),
     ],
 )
-def test_what_would_fit(ground, gib_a_row, rows, seeds, expected, gib):
-    def on(model, mesh):
-        return ground_of(
-            task_of(STUDY.task, 0),
-            model,
-            config.MeshSection(),
-            devices=jax.devices()[:1],
-        ), None
+def test_what_would_fit_at_the_least_cost(section, given, expected, gib):
+    found, _ = cheapest(section, **given)
+    assert found == (expected, gib * 2**30)
 
-    part = FakePart(rows, seeds)
-    found = fitting._remedies(part, STUDY, None, ground, None, on)
-    assert list(found) == [(expected, gib * 2**30)]
+
+def test_what_fits_and_recomputes_less_is_told():
+    for rows, expected, gib in (
+        (8, "model.remat=none", 12),
+        (24, "model.remat=none num_microbatches=2", 16),
+    ):
+        found, _ = cheapest(dpo(rows), "full")
+        assert found == (expected, gib * 2**30)
+    # Neither of these would fit without.
+    assert cheapest(dpo(23), "full")[0] is None
+    assert cheapest(dpo(15), "dots")[0] is None
+
+
+def test_no_more_is_compiled_than_changes():
+    # One update, and no sampling again.
+    assert cheapest(dpo(8), "full")[1] == [(8, 1, "none", 1)]
+    assert cheapest(dpo(8), "none") == (None, [])
+    # No remat makes room for samples.
+    assert cheapest(dpo(8), "none", sampling=40.0) == (None, [])
+    # Of micro-batches the most, and those between where the most fit.
+    found, compiled = cheapest(dpo(8 * 19))
+    assert found == ("model.remat=full num_microbatches=8", 13.5 * 2**30)
+    assert [(slices, remat) for _, slices, remat, _ in compiled] == [
+        (8, "none"),
+        *((1, "dots"), (8, "dots")),
+        *((1, "full"), (8, "full"), (2, "full"), (4, "full")),
+    ]
 
 
 def test_a_refused_program_does_not_fit():

@@ -113,6 +113,7 @@ del TRACED[config.PolicyGradientSection]["kl_in"]
 AROUND = {
     "batch_size",
     "packed_length",
+    "length_buckets",
     "evaluate_every",
     "early_stop",
     "zero_head",
@@ -318,6 +319,7 @@ def asked(settings, monkeypatch) -> list[str]:
 
     def packed(batch):
         say("packed", settings.packed_length, "rows", settings.batch_size)
+        say("in buckets", getattr(settings, "length_buckets", None))
         return types.SimpleNamespace(batch_at=lambda step: batch)
 
     def winners(inputs, sources, prompts, *, n, role):
@@ -390,6 +392,7 @@ def asked(settings, monkeypatch) -> list[str]:
 OTHER = {
     "batch_size": 4,
     "packed_length": 32,
+    "length_buckets": (16, 32),
     "evaluate_every": 7,
     "early_stop": True,
     "zero_head": False,

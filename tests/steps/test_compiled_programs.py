@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from gvjax import optim, sampling, steps
-from gvjax.models import decoding, groups, transformer
+from gvjax.models import decoding, groups, heads, transformer
 from gvjax.models.config import ModelConfig
 from gvjax.types import PreferenceBatch, SequenceBatch, SharedPrompts
 
@@ -57,6 +57,50 @@ def dpo(shared: bool, config: ModelConfig = CONFIG) -> tuple[jax.stages.Compiled
     batch = PreferenceBatch(half, half, logps, logps)
     step = jax.jit(steps.make_dpo_step(logps_fn, tx), donate_argnums=0)
     return step.lower(state, batch).compile(), len(jax.tree.leaves(state))
+
+
+BFLOAT16 = dataclasses.replace(CONFIG, dtype="bfloat16")
+
+
+def test_in_bfloat16_only_products_are():
+    """Parameters, both moments, the loss and log-probabilities stay float32."""
+    model = transformer.token_logps_fn(BFLOAT16, chunk_size=CHUNK, platform="cpu")
+    tx = optim.make_adamw(1e-3)
+    begun = jax.eval_shape(
+        lambda: steps.init_train_state(
+            transformer.init(jax.random.key(0), BFLOAT16), tx
+        )
+    )
+    tokens = jax.ShapeDtypeStruct((2, WIDTH), jnp.int32)
+    batch = SequenceBatch(tokens, jax.ShapeDtypeStruct((2, WIDTH), bool))
+    step = steps.make_supervised_step(model, tx)
+    state, metrics = jax.eval_shape(step, begun, batch)
+    logps = jax.eval_shape(model, state.params, tokens)
+    floats = [
+        leaf
+        for leaf in jax.tree.leaves((state, metrics, logps))
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    # Each parameter with its two moments, the metrics, and the log-probabilities.
+    assert len(floats) == 3 * len(jax.tree.leaves(begun.params)) + len(metrics) + 1
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
+
+    text = jax.jit(step).lower(begun, batch).as_text()
+    form = r"dot_general .*precision = \[(\w+), .*: \(tensor<([\dx]*)x(\w+)>, tensor<([\dx]*)x(\w+)>\)"
+    products = re.findall(form, text)
+    wide = [
+        (left, right)
+        for _, left_shape, left, right_shape, right in products
+        if {str(CONFIG.mlp_dim), str(3 * CONFIG.embed_dim)}
+        & set(f"{left_shape}x{right_shape}".split("x"))
+    ]
+    # The MLP's three matrices in each of two layers, and their two gradients each, at least.
+    assert len(wide) >= 2 * 3 * 3
+    assert set(wide) == {("bf16", "bf16")}
+    for precision, *operands in products:
+        if operands[1::2] != ["bf16", "bf16"]:
+            # Rotations, and sums over what softmax takes.
+            assert precision == "HIGHEST", operands
 
 
 @functools.cache
@@ -120,6 +164,11 @@ def test_the_last_layer_runs_what_is_asked_for():
     """Of prompts the last token predicts; the others have done their part when the last layer has their keys and values."""
     width = CONFIG.mlp_dim
     of_completions = 2 * (COMPLETION - 1)
+    judge = heads.reward_fn(ONE_LAYER, pooling="last", platform="cpu")
+    trunk = jax.eval_shape(lambda: heads.init(jax.random.key(0), ONE_LAYER))
+    rows = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.int32)
+    mask = jax.ShapeDtypeStruct((ROWS, WIDTH), bool)
+    judged = jax.jit(judge).lower(trunk, rows, mask).compile().as_text()
     for text, all_rows, asked_for in (
         (sampler(ONE_LAYER), ROWS * PROMPT, ROWS),
         (
@@ -132,6 +181,7 @@ def test_the_last_layer_runs_what_is_asked_for():
             2 * ROWS * (WIDTH - 1),
             2 * ROWS * COMPLETION,
         ),
+        (judged, ROWS * WIDTH, ROWS),
     ):
         assert f"[{asked_for},{width}]" in text
         assert f"[{all_rows},{width}]" not in text
@@ -173,12 +223,12 @@ def memory_of_a_layer(model: ModelConfig, rows: int, length: int) -> float:
 
 def test_scores_of_one_layer_are_there_at_a_time():
     """Backwards they depend on nothing that comes backwards, and XLA would compute those of all layers at once."""
-    rows, length, heads = 4, 256, 4
+    rows, length, num_heads = 4, 256, 4
     model = ModelConfig(
-        vocab_size=16, embed_dim=8, num_layers=2, num_heads=heads, mlp_dim=8
+        vocab_size=16, embed_dim=8, num_layers=2, num_heads=num_heads, mlp_dim=8
     )
     # Blocks of 128 queries over 128 and over 256 keys.
-    scores = 4 * rows * heads * 128 * (128 + 256)
+    scores = 4 * rows * num_heads * 128 * (128 + 256)
     assert memory_of_a_layer(model, rows, length) < scores
 
 

@@ -473,6 +473,11 @@ def test_wrong_arrays_are_named(call, name):
         call()
 
 
+def test_the_samplers_log_probabilities_are_the_old_ones():
+    """Nothing scores the samples again."""
+    assert gvjax.policy_batch(SAMPLED, ROWS).old_logps is SAMPLED.logps
+
+
 def test_impossible_weights_of_the_kl_are_refused():
     for rewards_of in (steps.penalised_rewards, steps.token_rewards):
         with pytest.raises(ValueError, match="kl_coef is -1"):
