@@ -173,15 +173,21 @@ def _keep_memory(environment: Environment, one_arena: bool) -> None:
     _give_back_after_compiling()
 
 
+def give_back() -> None:
+    """Memory that was freed and that glibc keeps for later goes back to the system; elsewhere nothing happens."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @functools.cache
 def _give_back_after_compiling() -> None:
     """Compiling a small network's step takes 260 MB, in pieces that no step can use: they go back to the system."""
 
-    def give_back(event: str, duration_secs: float, **_: str | int) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILED and duration_secs > LONG:
-            ctypes.CDLL(None).malloc_trim(0)
+            give_back()
 
-    jax.monitoring.register_event_duration_secs_listener(give_back)
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def _processor() -> str:

@@ -1,7 +1,5 @@
 """Measuring: warm up, repeat, take the median, say how far the repeats lie apart."""
 
-import contextlib
-import ctypes
 import dataclasses
 import os
 import pathlib
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gvjax import sharding
+from gvjax import runtime, sharding
 from gvjax.recipes.loop import Clock
 
 WARM_UPS = 2
@@ -224,7 +222,7 @@ class _PeakMemory:
     """
 
     def __init__(self) -> None:
-        _trim()
+        runtime.give_back()
         self._before = _device_peak()
         self._resettable = False
         if self._before is None:
@@ -248,13 +246,6 @@ def _device_peak() -> int | None:
         if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats
     ]
     return max(found, default=None)
-
-
-def _trim() -> None:
-    """Gives memory that was freed, and that the C library keeps for later, back to the system."""
-    # Only glibc keeps so much, and only glibc has this.
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _process_peak() -> int:

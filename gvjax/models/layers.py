@@ -66,17 +66,32 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
+Activation = Callable[..., jax.Array]
+"""(what is activated, what it is multiplied by, or None) -> the same shape."""
+
+
 class Linear(nn.Module):
     features: int
     bias: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        factor: jax.Array | None = None,
+        activation: Activation | None = None,
+    ) -> jax.Array:
+        """x times the kernel; with an activation, activation(x, factor) times it."""
         # `init` fills kernels, all in one place.
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.zeros, shape)
-        y = x @ kernel.astype(x.dtype)
-        if self.has_variable("params", "lora_a"):
+        kernel = self.param("kernel", nn.initializers.zeros, shape).astype(x.dtype)
+        adapted = self.has_variable("params", "lora_a")
+        if activation and not adapted:
+            y = _activated_product(x, factor, kernel, activation)
+        else:
+            x = _activated(x, factor, activation) if activation else x
+            y = x @ kernel
+        if adapted:
             a: jax.Array = self.get_variable("params", "lora_a")
             b: jax.Array = self.get_variable("params", "lora_b")
             y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
@@ -131,30 +146,56 @@ class Attention(nn.Module):
         return Linear(c.embed_dim, c.output_bias, name="output")(out), cache
 
 
-def _activate(x: jax.Array, up: jax.Array | None, activation) -> jax.Array:
-    y = activation(x)
-    return y if up is None else y * up
+@functools.cache
+def _activation(name: str) -> Activation:
+    """One function a name: what traces of it are kept by."""
+
+    def activate(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+        y = ACTIVATIONS[name](x)
+        return y if factor is None else y * factor
+
+    return activate
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _activated(x: jax.Array, up: jax.Array | None, activation) -> jax.Array:
-    """activation(x), times `up` where there is one. The gradient computes the activation again: what lies between is as
-    large as x, and every layer would keep two or three of it until the backward pass."""
-    return _activate(x, up, activation)
+def _activated(x, factor, activation: Activation) -> jax.Array:
+    """activation(x, factor). The gradient computes it again: what lies between is as large as x, and every layer would keep
+    two or three of it until the backward pass."""
+    return activation(x, factor)
 
 
-def _activated_forward(x, up, activation):
-    return _activate(x, up, activation), (x, up)
+def _activated_forward(x, factor, activation):
+    return activation(x, factor), (x, factor)
 
 
 def _activated_backward(activation, kept, g):
-    x, up = kept
-    again = functools.partial(_activate, activation=activation)
-    _, pull = jax.vjp(again, once(g, x), up)
+    x, factor = kept
+    _, pull = jax.vjp(activation, once(g, x), factor)
     return pull(g)
 
 
 _activated.defvjp(_activated_forward, _activated_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _activated_product(x, factor, kernel, activation: Activation) -> jax.Array:
+    """activation(x, factor) @ kernel, which need not keep the activation either. Of a frozen kernel a gradient would be made
+    all the same: there `_activated` does."""
+    return activation(x, factor) @ kernel
+
+
+def _activated_product_forward(x, factor, kernel, activation):
+    return activation(x, factor) @ kernel, (x, factor, kernel)
+
+
+def _activated_product_backward(activation, kept, g):
+    x, factor, kernel = kept
+    of_activated = g @ kernel.T
+    activated, pull = jax.vjp(activation, once(of_activated, x), factor)
+    return (*pull(of_activated), activated.T @ g)
+
+
+_activated_product.defvjp(_activated_product_forward, _activated_product_backward)
 
 
 class Mlp(nn.Module):
@@ -163,14 +204,11 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        activation = ACTIVATIONS[c.activation]
         up = Linear(c.mlp_dim, c.mlp_bias, name="up")(x)
-        if c.mlp_gated:
-            gate = Linear(c.mlp_dim, c.mlp_bias, name="gate")(x)
-            up = _activated(gate, up, activation)
-        else:
-            up = _activated(up, None, activation)
-        return Linear(c.embed_dim, c.mlp_bias, name="down")(up)
+        gate = Linear(c.mlp_dim, c.mlp_bias, name="gate")(x) if c.mlp_gated else None
+        entered, factor = (up, None) if gate is None else (gate, up)
+        down = Linear(c.embed_dim, c.mlp_bias, name="down")
+        return down(entered, factor, _activation(c.activation))
 
 
 class Block(nn.Module):

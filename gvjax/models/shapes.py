@@ -85,7 +85,7 @@ SHAPES = MappingProxyType(
 )
 
 
-def shape(name: str, **runtime: str | bool) -> ModelConfig:
+def shape(name: str, **runtime: str | bool | None) -> ModelConfig:
     """A named network; `runtime` sets dtype, remat and scan_layers.
 
     Raises:
