@@ -83,10 +83,9 @@ class SftSection(Recipe):
     Attributes:
       steps, batch_size: updates, and demonstrations in each.
       packed_length: most tokens of a row that several sequences share, so that little of it is padding: rows are made
-        shorter as far as the same number of them suffices. batch_size is then rows (of pairs: rows of each side), and how
-        many sequences a step has varies. null gives each its own row. Four times the longest sequence is a good length on
-        CPUs and TPUs; on GPUs packed rows run without the fused attention kernel, so measure (`gvjax bench --only
-        sft,sft_packed`).
+        shorter as far as the same number of them suffices. batch_size is then rows, and how many sequences a step
+        has varies. null gives each its own row. Four times the longest sequence is a good length on CPUs and TPUs; on GPUs
+        packed rows run without the fused attention kernel, so measure (`gvjax bench --only sft,sft_packed`).
       length_buckets: ascending lengths, such as [128, 256]: rows of like length make a batch, padded to the shortest of
         these that holds its longest row, or to max_prompt + max_completion. Each is a program of its own to compile. A
         step's rows are then alike in length, and where the loss is a mean over tokens those of short rows weigh more.
@@ -120,11 +119,7 @@ class RewardSection(Recipe):
       early_stop: keep the checkpoint with the best held-out likelihood instead of the last.
       evaluate_every: steps between held-out evaluations.
       zero_head: start every reward at 0, else a random head of standard deviation 1/√(D + 1).
-      packed_length: most tokens of a row that several sequences share, so that little of it is padding: rows are made
-        shorter as far as the same number of them suffices. batch_size is then rows (of pairs: rows of each side), and how
-        many sequences a step has varies. null gives each its own row. Four times the longest sequence is a good length on
-        CPUs and TPUs; on GPUs packed rows run without the fused attention kernel, so measure (`gvjax bench --only
-        sft,sft_packed`).
+      packed_length: as for SFT; batch_size is then rows of each side of the pairs.
       length_buckets: as for SFT, by the longer sequence of each pair.
       num_microbatches: slices of a batch; changes memory, not results.
     """
@@ -157,11 +152,7 @@ class DpoSection(Recipe):
       beta: how closely the policy is held to the reference; small lets it move. null takes the loss's own.
       nll_weight: weight of the chosen completion's negative log-likelihood per token, added to the loss.
       evaluate_every: steps between evaluations on validation prompts, from which the best checkpoint is kept.
-      packed_length: most tokens of a row that several sequences share, so that little of it is padding: rows are made
-        shorter as far as the same number of them suffices. batch_size is then rows (of pairs: rows of each side), and how
-        many sequences a step has varies. null gives each its own row. Four times the longest sequence is a good length on
-        CPUs and TPUs; on GPUs packed rows run without the fused attention kernel, so measure (`gvjax bench --only
-        sft,sft_packed`).
+      packed_length: as for SFT; batch_size is then rows of each side of the pairs.
       length_buckets: as for SFT, by the longer sequence of each pair.
       num_microbatches: slices of a batch; changes memory, not results.
     """
