@@ -1,5 +1,6 @@
 """Token log-probabilities, their entropy, and estimates of KL divergence. The only shift by one in the library."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,29 +40,32 @@ def token_logps(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return _align(_picked_logps(logits[:, :-1], tokens[:, 1:]))
 
 
-@jax.custom_vjp
-def product(states: jax.Array, matrix: jax.Array) -> jax.Array:
-    """f32[..., V] of states [..., D] and a matrix [D, V], accumulated in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(states: jax.Array, matrix: jax.Array, turned: bool = False) -> jax.Array:
+    """f32[..., V] of states [..., D] and a matrix [D, V], or [V, D] where it is `turned`, accumulated in float32.
 
     Backwards both products take operands of these dtypes too: the derived gradient of bf16 ones multiplies in float32,
     which accelerators do at a fraction of the rate.
     """
+    matrix = matrix.T if turned else matrix
     return jnp.dot(states, matrix, preferred_element_type=jnp.float32)
 
 
-def _product_forward(states, matrix):
-    return product(states, matrix), (states, matrix)
+def _product_forward(states, matrix, turned):
+    return product(states, matrix, turned), (states, matrix)
 
 
-def _product_backward(kept, g):
+def _product_backward(turned, kept, g):
     states, matrix = kept
     g = g.astype(states.dtype)
     rows = tuple(range(g.ndim - 1))
-    of_states = jnp.dot(g, matrix.T, preferred_element_type=jnp.float32)
+    back = matrix if turned else matrix.T
+    of_states = jnp.dot(g, back, preferred_element_type=jnp.float32)
     of_matrix = jnp.tensordot(
         g, states, (rows, rows), preferred_element_type=jnp.float32
     )
-    return of_states.astype(states.dtype), of_matrix.T.astype(matrix.dtype)
+    of_matrix = of_matrix if turned else of_matrix.T
+    return of_states.astype(states.dtype), of_matrix.astype(matrix.dtype)
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -75,6 +79,7 @@ def chunked_token_logps(
     chunk_size: int | None = None,
     logits_fn: Callable[[jax.Array], jax.Array] | None = None,
     scored: jax.Array | None = None,
+    turned: bool = False,
 ) -> jax.Array:
     """`token_logps(hidden @ unembed, tokens)`, a chunk of the logits at a time where there are many.
 
@@ -92,6 +97,7 @@ def chunked_token_logps(
         kept.
       logits_fn: what to do to the float32 logits of a chunk (a soft cap, say); None leaves them.
       scored: bool[B, T], the tokens whose log-probability is asked for; the others get 0. None: all.
+      turned: unembed is [V, D] instead, as tied embeddings are; every chunk would otherwise turn a copy of its own.
 
     Returns:
       f32[B, T], nats, aligned to `tokens`; column 0 is 0.
@@ -103,8 +109,9 @@ def chunked_token_logps(
         chex.assert_equal_shape_prefix(
             [hidden, tokens], 2, custom_message="arguments hidden and tokens"
         )
+    vocabulary = unembed.shape[0 if turned else 1]
     if chunk_size is None:
-        chunk_size = max(1024, KEPT_LOGITS // unembed.shape[1])
+        chunk_size = max(1024, KEPT_LOGITS // vocabulary)
     if chunk_size <= 0:
         raise ValueError(f"chunk_size is {chunk_size}; it must be positive, e.g. 1024")
     (batch, length), width = tokens.shape, hidden.shape[-1]
@@ -114,7 +121,7 @@ def chunked_token_logps(
 
     def logps_of(states: jax.Array, targets: jax.Array) -> jax.Array:
         # Of bf16 ones too the logits are kept in float32.
-        logits = product(states, unembed)
+        logits = product(states, unembed, turned)
         return _picked_logps(
             logits if logits_fn is None else logits_fn(logits), targets
         )
@@ -127,7 +134,7 @@ def chunked_token_logps(
         chex.assert_equal_shape([tokens, scored])
         wanted = scored[:, 1:].reshape(predicted)
         if kept:
-            chunks = predicted * unembed.shape[1] // _SMALLEST
+            chunks = predicted * vocabulary // _SMALLEST
             chunks = max(1, min(_PIECES, chunks))
 
     def aligned(logps: jax.Array) -> jax.Array:

@@ -77,6 +77,32 @@ class ChunkedTest(chex.TestCase):
         temporary = text.memory_analysis().temp_size_in_bytes
         self.assertLess(temporary, positions * vocabulary * 4 / 2)
 
+    @parameterized.parameters((None, 16), (5, 16), (None, 700))
+    def test_a_turned_matrix_is_the_same_one(self, chunk_size, vocabulary):
+        rng = np.random.default_rng(3)
+        hidden = jnp.asarray(rng.normal(size=(2, 200, 8)), jnp.float32)
+        matrix = jnp.asarray(rng.normal(size=(8, vocabulary)), jnp.float32)
+        tokens = jnp.asarray(rng.integers(0, vocabulary, (2, 200)), jnp.int32)
+        scored = jnp.arange(200) > jnp.array([[150], [40]])
+
+        def total(hidden, matrix, turned):
+            result = logps.chunked_token_logps(
+                hidden,
+                matrix,
+                tokens,
+                chunk_size=chunk_size,
+                scored=scored,
+                turned=turned,
+            )
+            return jnp.sum(jnp.square(result))
+
+        grad = jax.value_and_grad(total, argnums=(0, 1))
+        loss, (of_hidden, of_matrix) = grad(hidden, matrix, False)
+        got, (of_hidden_turned, of_turned) = grad(hidden, matrix.T, True)
+        np.testing.assert_allclose(got, loss, rtol=1e-5)
+        np.testing.assert_allclose(of_hidden_turned, of_hidden, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(of_turned.T, of_matrix, rtol=1e-4, atol=1e-4)
+
     def test_a_chunk_of_nothing_is_refused(self):
         with pytest.raises(ValueError, match="chunk_size is 0"):
             logps.chunked_token_logps(

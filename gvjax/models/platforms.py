@@ -23,6 +23,7 @@ class Traits:
       arranges: queries, keys and values are one product, and gradients of kernels that are taller than wide come out
         turned; see `transformer`.
       settles_tables: the angles of rotary embeddings are computed once, and not for every head that reads them.
+      keeps_scores_cached: attention runs over a few sequences and heads at a time, whose scores stay in the cache.
       shares_prompts: completions of one prompt are trained on with the prompt run once.
     """
 
@@ -30,6 +31,7 @@ class Traits:
     trims: bool
     arranges: bool
     settles_tables: bool
+    keeps_scores_cached: bool
     shares_prompts: bool
 
 
@@ -38,6 +40,7 @@ _CPU = Traits(
     trims=True,
     arranges=True,
     settles_tables=True,
+    keeps_scores_cached=True,
     shares_prompts=True,
 )
 
@@ -47,6 +50,7 @@ _ACCELERATOR = Traits(
     trims=False,
     arranges=False,
     settles_tables=False,
+    keeps_scores_cached=False,
     shares_prompts=False,
 )
 

@@ -279,9 +279,9 @@ def scans(config: ModelConfig, platform: str | None) -> bool:
 
 
 def unembedding(config: ModelConfig, params: Params) -> jax.Array:
-    """[D, V] in the config's dtype: what hidden states are multiplied by."""
+    """What hidden states are multiplied by, in the config's dtype: [D, V], or [V, D] where embeddings are tied."""
     tied = config.tied_embeddings
-    matrix = params["embed"]["embedding"].T if tied else params["unembed"]["kernel"]
+    matrix = params["embed"]["embedding"] if tied else params["unembed"]["kernel"]
     return matrix.astype(config.dtype)
 
 
@@ -383,6 +383,7 @@ def logps_of_states(
             chunk_size=chunk_size,
             logits_fn=lambda logits: _softcap(logits, config.logit_softcap),
             scored=scored,
+            turned=config.tied_embeddings,
         )
 
     if mesh is not None and mesh.shape["data"] * mesh.shape["fsdp"] > 1:
@@ -449,9 +450,7 @@ def _arranged(layer: Params, *, join: bool) -> Params:
     """
 
     def turned(p):
-        if p.ndim < 2 or p.shape[0] <= p.shape[1]:
-            return p
-        return jax.lax.optimization_barrier(p.T).T
+        return p if p.ndim < 2 or p.shape[0] <= p.shape[1] else _turned_gradient(p)
 
     attention = layer["attention"]
     if join and not any("lora_a" in attention[name] for name in PROJECTIONS):
@@ -460,6 +459,17 @@ def _arranged(layer: Params, *, join: bool) -> Params:
         together = jax.tree.map(lambda *each: jnp.concatenate(each, axis=-1), *parts)
         attention = {**others, "together": together}
     return jax.tree.map(turned, {**layer, "attention": attention})
+
+
+@jax.custom_vjp
+def _turned_gradient(kernel: jax.Array) -> jax.Array:
+    return kernel
+
+
+_turned_gradient.defvjp(
+    lambda kernel: (kernel, None),
+    lambda _, g: (jax.lax.optimization_barrier(g.T).T,),
+)
 
 
 def embed(
@@ -477,7 +487,8 @@ def embed(
 
 def logits_of(config: ModelConfig, params: Params, states: jax.Array) -> jax.Array:
     """f32[..., V] of normalised states [..., D]."""
-    logits = logps.product(states, unembedding(config, params))
+    matrix = unembedding(config, params)
+    logits = logps.product(states, matrix, config.tied_embeddings)
     return _softcap(logits, config.logit_softcap)
 
 

@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as splash_kernels,
 )
 
-from gvjax.models import layers
+from gvjax.models import blocked, layers
 from gvjax.models.attention import (
     AttentionConfig,
     causal_attention,
@@ -114,6 +114,69 @@ def test_the_gradient_written_out_is_the_derived_one(config, length, width):
     )
     for one, other in zip(got, expected):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("batch", [4, 1], ids=["sequences", "heads of one sequence"])
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize(
+    "length, width",
+    [(140, 4), (7, 8)],
+    ids=["scores made again", "weights kept"],
+)
+def test_a_few_at_a_time_are_as_all_at_once(monkeypatch, batch, packed, length, width):
+    rng = np.random.default_rng(2)
+    heads = [
+        jnp.asarray(rng.normal(size=(batch, length, number, width)), jnp.float32)
+        for number in (8, 4, 4, 8)
+    ]
+    segments = jnp.asarray(np.sort(rng.integers(1, 3, (batch, length)), axis=1))
+
+    def run(cached):
+        monkeypatch.setattr(blocked, "_CACHED", cached)
+
+        def attend(*heads):
+            return causal_attention(
+                *heads,
+                config=AttentionConfig(0.5),
+                segments=segments if packed else None,
+                platform="cpu",
+            )
+
+        def both(queries, keys, values, g):
+            out, pull = jax.vjp(attend, queries, keys, values)
+            return out, pull(g)
+
+        program = jax.jit(both).lower(*heads).compile()
+        return program(*heads), program.as_text()
+
+    # Of four, or of four key heads with two queries each, two at a time.
+    few = 2 * 2 * 140**2 if batch == 1 else 2 * 8 * 140**2
+    few = few if length == 140 else few * length**2 // 140**2
+    (together, text), (looped, text_looped) = run(2**40), run(few)
+    assert " while(" not in text
+    assert text_looped.count(" while(") == 2
+    chex.assert_trees_all_close(looped, together, rtol=1e-5, atol=1e-6)
+
+
+def test_only_one_cpu_walks_through_loops(monkeypatch):
+    monkeypatch.setattr(blocked, "_CACHED", 100)
+    heads = random_heads(20, 4)
+
+    def loops(lowered_for=None, **where):
+        def attend(*heads):
+            return causal_attention(*heads, config=AttentionConfig(0.5), **where)
+
+        traced = jax.jit(attend).trace(*heads)
+        lowered = traced.lower(lowering_platforms=(lowered_for or "cpu",))
+        return "stablehlo.while" in lowered.as_text()
+
+    devices = np.array(jax.devices("cpu")).reshape(-1, 1, 1)
+    names = ("data", "fsdp", "tensor")
+    assert loops() and loops(platform="cpu")
+    assert not loops("tpu") and not loops("cuda")
+    assert not loops(platform="gpu")
+    assert not loops(platform="cpu", mesh=jax.sharding.Mesh(devices, names))
+    assert loops(platform="cpu", mesh=jax.sharding.Mesh(devices[:1], names))
 
 
 def test_rotation_turns_pairs_of_the_rotated_part_only():
