@@ -29,9 +29,10 @@ from gvjax.models.xla import once
 
 MASKED = -1e30  # finite, so that a padding row which sees nothing stays finite too
 
-_CACHED = 2**20
+_CACHED = 3 * 2**19
 """As many scores as are made at one time where they are to stay in a CPU's cache. Of 4 sequences of 640 tokens with 8 heads of
-64, forwards and back: 8 heads at a time, 0.6 million scores, 140 CPU-ms, 16 at a time 162, all 32 178, 2 at a time 145."""
+64, forwards and back, 8 heads at a time took 140 CPU-ms in blocks of 128 queries, 16 at a time 162, all 32 178, 2 at a time
+145; in blocks of 256, 1.3 million scores, 8 at a time took 130 and 4 at a time 138."""
 
 Loops = Literal["always", "never", "on a CPU"]
 """Whether sequences may go through attention in a loop; "on a CPU" is decided when a program is compiled."""
