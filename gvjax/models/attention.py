@@ -121,10 +121,9 @@ def cached_attention(
     mask = (slots >= 0) & (slots <= new)
     if config.window is not None:
         mask &= slots > new - config.window
-    heads_out = _attend(
-        _grouped(queries, keys.shape[1]), keys, values, mask[:, None, None], config
-    )
-    return _ungrouped(heads_out)
+    split = blocked.grouped(queries, keys.shape[1])
+    out = _attend(split, keys, values, mask[:, None, None], config)
+    return blocked.ungrouped(out)
 
 
 def selected_attention(
@@ -182,18 +181,6 @@ def group_attention(
     return blocked.blocked(queries, keys, values, prompt_mask, pattern, "never")
 
 
-def _grouped(queries: jax.Array, num_kv_heads: int) -> jax.Array:
-    batch, length, heads, width = queries.shape
-    shape = (batch, length, num_kv_heads, heads // num_kv_heads, width)
-    return queries.reshape(shape).transpose(0, 2, 3, 1, 4)
-
-
-def _ungrouped(heads_out: jax.Array) -> jax.Array:
-    batch, kv_heads, group, length, width = heads_out.shape
-    out = heads_out.transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, length, kv_heads * group, width)
-
-
 def _attend(queries, keys, values, mask, config: AttentionConfig) -> jax.Array:
     """[B, K, G, S, hd] queries over [B, K, T, hd] keys and values; mask broadcasts to [B, K, G, S, T]."""
     scores = jnp.einsum(
@@ -202,8 +189,7 @@ def _attend(queries, keys, values, mask, config: AttentionConfig) -> jax.Array:
         keys,
         preferred_element_type=jnp.float32,
     )
-    if config.softcap is not None:
-        scores = config.softcap * jnp.tanh(scores / config.softcap)
+    scores, _ = blocked.capped(scores, config)
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
     return jnp.einsum("bkgst,bktd->bkgsd", weights.astype(values.dtype), values)
 

@@ -211,14 +211,13 @@ class Causal:
         return group * max((s.stop - s.start) * (s.stop - s.first) for s in spans)
 
     def split(self, of_queries, kv_heads):
-        batch, length, heads, width = of_queries.shape
-        shape = (batch, length, kv_heads, heads // kv_heads, width)
-        return of_queries.reshape(shape).transpose(0, 2, 3, 1, 4)
+        return grouped(of_queries, kv_heads)
 
     def joined(self, parts, shape):
-        return parts.transpose(0, 3, 1, 2, 4).reshape(shape)
+        return ungrouped(parts)
 
     def forward(self, queries, keys, values, segments):
+        keeps = _keeps_weights(queries, keys.shape[2], self.config)
         outs, log_sums, kept = [], [], []
         for block in self._spans(keys.shape[2]):
             scores, _ = self._scores(queries, keys, segments, block)
@@ -229,9 +228,9 @@ class Causal:
             out = _product("bkgst,bktd->bkgsd", weights.astype(values.dtype), seen)
             outs.append((out / sums).astype(values.dtype))
             log_sums.append(most + jnp.log(sums))
-            keeps = _keeps_weights(queries, keys.shape[2], self.config)
-            kept.append(weights / sums if keeps else None)
-        return _joined(outs), _joined(log_sums), None if kept[0] is None else kept
+            if keeps:
+                kept.append(weights / sums)
+        return _joined(outs), _joined(log_sums), kept if keeps else None
 
     def backward(self, queries, keys, values, segments, out, log_sum, known, g):
         dots = _dots(g, out)
@@ -283,7 +282,7 @@ class Causal:
             queries[:, :, :, block.start : block.stop],
             keys[:, :, block.first : block.stop],
         )
-        scores, slope = _capped(scores, self.config)
+        scores, slope = capped(scores, self.config)
         new = np.arange(block.start, block.stop)[:, None]
         old = np.arange(block.first, block.stop)[None]
         mask = old <= new
@@ -383,30 +382,45 @@ class Grouped:
         each = own.shape[3]
         # Query g · S + s is the s-th of its completion.
         causal = np.tile(np.tri(each, dtype=bool), (queries.shape[3] // each, 1))
-        capped = [
-            _capped(_product("bkisd,bktd->bkist", queries, prompt), self.config),
-            _capped(_product("bkisd,bkitd->bkist", queries, own), self.config),
+        parts = [
+            capped(_product("bkisd,bktd->bkist", queries, prompt), self.config),
+            capped(_product("bkisd,bkitd->bkist", queries, own), self.config),
         ]
         masks = (prompt_mask[:, :, None, None], causal)
-        scores = [jnp.where(m, part, MASKED) for m, (part, _) in zip(masks, capped)]
-        slopes = [slope for _, slope in capped]
+        scores = [jnp.where(m, part, MASKED) for m, (part, _) in zip(masks, parts)]
+        slopes = [slope for _, slope in parts]
         return scores, None if slopes[0] is None else slopes
 
 
-# Parts of both.
+# Parts of both, and of attention over a cache.
+
+
+def grouped(of_queries: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, K, G, S, hd] of [B, S, H, hd]."""
+    batch, length, heads, width = of_queries.shape
+    shape = (batch, length, kv_heads, heads // kv_heads, width)
+    return of_queries.reshape(shape).transpose(0, 2, 3, 1, 4)
+
+
+def ungrouped(parts: jax.Array) -> jax.Array:
+    """[B, S, H, hd] of [B, K, G, S, hd]."""
+    batch, kv_heads, group, length, width = parts.shape
+    out = parts.transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, kv_heads * group, width)
+
+
+def capped(scores: jax.Array, config: AttentionConfig):
+    """Scores under the soft cap, and by how much it slowed each; as they are, and None, without one."""
+    if config.softcap is None:
+        return scores, None
+    bent = jnp.tanh(scores / config.softcap)
+    return config.softcap * bent, 1 - jnp.square(bent)
 
 
 def _keeps_weights(queries, length: int, config: AttentionConfig) -> bool:
     """Whether the backward pass is handed the weights of attention over `length` keys: where they are no larger than the
     queries, as of short sequences, and no soft cap asks for the scores all the same."""
     return length <= queries.shape[-1] and config.softcap is None
-
-
-def _capped(scores, config: AttentionConfig):
-    if config.softcap is None:
-        return scores, None
-    bent = jnp.tanh(scores / config.softcap)
-    return config.softcap * bent, 1 - jnp.square(bent)
 
 
 def _dots(g, out):

@@ -463,6 +463,7 @@ def _arranged(layer: Params, *, join: bool) -> Params:
 
 @jax.custom_vjp
 def _turned_gradient(kernel: jax.Array) -> jax.Array:
+    """The kernel, whose gradient is computed as that of its transpose."""
     return kernel
 
 

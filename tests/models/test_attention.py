@@ -150,8 +150,7 @@ def test_a_few_at_a_time_are_as_all_at_once(monkeypatch, batch, packed, length, 
         return program(*heads), program.as_text()
 
     # Of four, or of four key heads with two queries each, two at a time.
-    few = 2 * 2 * 140**2 if batch == 1 else 2 * 8 * 140**2
-    few = few if length == 140 else few * length**2 // 140**2
+    few = 2 * (2 if batch == 1 else 8) * length**2
     (together, text), (looped, text_looped) = run(2**40), run(few)
     assert " while(" not in text
     assert text_looped.count(" while(") == 2
