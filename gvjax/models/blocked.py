@@ -8,7 +8,8 @@ With s the scores, p = exp(s − l) the weights and l the logarithm of their sum
 
     ∂v = pᵀ g,   ∂s = p · (g vᵀ − Σ_d g · out),   ∂q = ∂s k,   ∂k = ∂sᵀ q
 
-The derived one keeps every block's weights and takes half as long again on a CPU.
+The derived one keeps every block's weights and takes half as long again on a CPU. Backwards scores are made turned, a row a
+key: two of the five products read them as they are, and only keys and ∂q, which are narrow, are turned.
 
 References:
   Dao et al., 2022, https://arxiv.org/abs/2205.14135, Appendix B.
@@ -166,6 +167,13 @@ def _in_pieces(function: Callable, loops: Loops, scores: int, parts, all_at_once
     size = max(n for n in range(1, fits + 1) if number % n == 0)
 
     def loop(parts):
+        if size == 1:
+            # An axis of length 1 outside would cost a copy: XLA takes its layout for another one.
+            def alone(part):
+                out = function(jax.tree.map(lambda x: x[None], part))
+                return jax.tree.map(lambda x: x[0], out)
+
+            return jax.lax.map(alone, parts)
         split = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), parts)
         out = jax.lax.map(function, split)
         return jax.tree.map(lambda x: x.reshape(number, *x.shape[2:]), out)
@@ -220,7 +228,7 @@ class Causal:
         keeps = _keeps_weights(queries, keys.shape[2], self.config)
         outs, log_sums, kept = [], [], []
         for block in self._spans(keys.shape[2]):
-            scores, _ = self._scores(queries, keys, segments, block)
+            scores = self._scores(queries, keys, segments, block)
             most = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - most)
             sums = jnp.sum(weights, axis=-1, keepdims=True)
@@ -230,11 +238,11 @@ class Causal:
             log_sums.append(most + jnp.log(sums))
             if keeps:
                 kept.append(weights / sums)
-        return _joined(outs), _joined(log_sums), kept if keeps else None
+        return _joined(outs, 3), _joined(log_sums, 3), kept if keeps else None
 
     def backward(self, queries, keys, values, segments, out, log_sum, known, g):
-        dots = _dots(g, out)
-        turned_queries, turned_g = queries.swapaxes(3, 4), g.swapaxes(3, 4)
+        dots = _a_row(_dots(g, out))
+        turned_keys = keys.swapaxes(2, 3)
         of_queries = []
         of_keys = jnp.zeros(keys.shape, jnp.float32)
         of_values = jnp.zeros(values.shape, jnp.float32)
@@ -243,22 +251,22 @@ class Causal:
             old = (*[slice(None)] * 2, slice(block.first, block.stop))
             slope = None
             if known is None:
-                scores, slope = self._scores(queries, keys, segments, block)
-                weights = jnp.exp(scores - log_sum[new])
+                scores, slope = self._turned_scores(queries, keys, segments, block)
+                weights = jnp.exp(scores - _a_row(log_sum[new]))
             else:
-                weights = known[number]
-            of_weights = _product("bkgsd,bktd->bkgst", g[new], values[old])
-            of_scores = weights * (of_weights - dots[new])
+                weights = known[number].transpose(0, 1, 4, 2, 3)
+            of_weights = _product("bktd,bkgsd->bktgs", values[old], g[new])
+            of_scores = weights * (of_weights - dots[..., new[3]])
             if slope is not None:
                 of_scores = of_scores * slope
             of_scores = of_scores.astype(keys.dtype)
-            of_queries.append(_product("bkgst,bktd->bkgsd", of_scores, keys[old]))
-            turned = (..., new[3])
-            handed = _gathered(of_scores, turned_queries[turned])
+            turned = turned_keys[..., old[2]]
+            of_queries.append(_product("bkdt,bktgs->bkdgs", turned, of_scores))
+            handed = _product("bktgs,bkgsd->bktd", of_scores, queries[new])
             of_keys = of_keys.at[old].add(handed)
-            handed = _gathered(weights.astype(g.dtype), turned_g[turned])
+            handed = _product("bktgs,bkgsd->bktd", weights.astype(g.dtype), g[new])
             of_values = of_values.at[old].add(handed)
-        return _joined(of_queries), of_keys, of_values
+        return _joined(of_queries, 4).transpose(0, 1, 3, 4, 2), of_keys, of_values
 
     def _spans(self, length: int) -> list[_Span]:
         # Measured on a CPU: products of larger blocks are faster, and more of each is masked, at a window's edge too. At
@@ -276,23 +284,35 @@ class Causal:
         ]
 
     def _scores(self, queries, keys, segments, block: _Span):
-        """A block's masked scores f32[B, K, g, s, T'], and by how much the soft cap slowed each; None without one."""
-        scores = _product(
-            "bkgsd,bktd->bkgst",
-            queries[:, :, :, block.start : block.stop],
-            keys[:, :, block.first : block.stop],
-        )
+        """A block's masked scores f32[B, K, g, s, T']."""
+        queries = queries[:, :, :, block.start : block.stop]
+        keys = keys[:, :, block.first : block.stop]
+        scores = _product("bkgsd,bktd->bkgst", queries, keys)
+        mask = self._sees(block, segments, np.s_[..., None], np.s_[..., None, :])
+        scores, _ = capped(scores, self.config)
+        return jnp.where(mask[..., None, :, :], scores, MASKED)
+
+    def _turned_scores(self, queries, keys, segments, block: _Span):
+        """The same turned, [B, K, T', g, s], and by how much the soft cap slowed each; None without one."""
+        queries = queries[:, :, :, block.start : block.stop]
+        keys = keys[:, :, block.first : block.stop]
+        scores = _product("bktd,bkgsd->bktgs", keys, queries)
+        mask = self._sees(block, segments, np.s_[..., None, :], np.s_[..., None])
         scores, slope = capped(scores, self.config)
-        new = np.arange(block.start, block.stop)[:, None]
-        old = np.arange(block.first, block.stop)[None]
+        return jnp.where(mask[..., None, :], scores, MASKED), slope
+
+    def _sees(self, block: _Span, segments, of_new: tuple, of_old: tuple):
+        """Which of the block's keys each query sees, bool [s, T'] or [B, 1, s, T']; indices say which of both axes is which."""
+        new = np.arange(block.start, block.stop)[of_new]
+        old = np.arange(block.first, block.stop)[of_old]
         mask = old <= new
         if self.config.window is not None:
             mask &= old > new - self.config.window
-        if segments is not None:
-            of_new = segments[:, :, block.start : block.stop, None]
-            same = of_new == segments[:, :, None, block.first : block.stop]
-            mask = (mask & same)[:, :, None]
-        return jnp.where(mask, scores, MASKED), slope
+        if segments is None:
+            return mask
+        new = segments[:, :, block.start : block.stop][of_new]
+        old = segments[:, :, block.first : block.stop][of_old]
+        return mask & (new == old)
 
 
 # Completions of one prompt.
@@ -325,7 +345,7 @@ class Grouped:
 
     def forward(self, queries, keys, values, prompt_mask):
         prompt, own = self._apart(keys, values, prompt_mask)
-        scores, _ = self._scores(queries, prompt[0], own[0], prompt_mask)
+        scores = self._scores(queries, prompt[0], own[0], prompt_mask)
         most = jnp.maximum(*(jnp.max(part, axis=-1, keepdims=True) for part in scores))
         weights = [jnp.exp(part - most) for part in scores]
         sums = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
@@ -340,34 +360,40 @@ class Grouped:
 
     def backward(self, queries, keys, values, prompt_mask, out, log_sum, known, g):
         prompt, own = self._apart(keys, values, prompt_mask)
-        weights, slopes = known, None
-        if weights is None:
-            scores, slopes = self._scores(queries, prompt[0], own[0], prompt_mask)
-            weights = [jnp.exp(part - log_sum) for part in scores]
-        of_prompt, of_own = weights
-        dots = _dots(g, out)
-        moves = [
-            of_prompt * (_product("bkisd,bktd->bkist", g, prompt[1]) - dots),
-            of_own * (_product("bkisd,bkitd->bkist", g, own[1]) - dots),
+        slopes = None
+        if known is None:
+            scores, slopes = self._turned_scores(
+                queries, prompt[0], own[0], prompt_mask
+            )
+            weights = [
+                jnp.exp(part - row) for part, row in zip(scores, self._rows(log_sum))
+            ]
+        else:
+            weights = [known[0].transpose(0, 1, 4, 2, 3), known[1].swapaxes(3, 4)]
+        of_weights = [
+            _product("bktd,bkisd->bktis", prompt[1], g),
+            _product("bkitd,bkisd->bkits", own[1], g),
         ]
+        rows = self._rows(_dots(g, out))
+        moves = [p * (x - row) for p, x, row in zip(weights, of_weights, rows)]
         if slopes is not None:
             moves = [move * slope for move, slope in zip(moves, slopes)]
         to_prompt, to_own = (move.astype(queries.dtype) for move in moves)
-        of_prompt, of_own = (part.astype(g.dtype) for part in (of_prompt, of_own))
-        of_queries = _product("bkist,bktd->bkisd", to_prompt, prompt[0])
-        of_queries += _product("bkist,bkitd->bkisd", to_own, own[0])
+        of_queries = _product(
+            "bkdt,bktis->bkdis", prompt[0].swapaxes(2, 3), to_prompt
+        ).transpose(0, 1, 3, 4, 2)
+        of_queries += _product(
+            "bkidt,bkits->bkids", own[0].swapaxes(3, 4), to_own
+        ).swapaxes(3, 4)
 
-        # [B, K, k, ...] -> [B, K · k, 1, ...]: every completion hands to keys of its own.
-        def each(part):
-            return part.reshape(part.shape[0], -1, 1, *part.shape[3:])
+        def handed(of_prompt, of_own, read):
+            to_prompt = _product("bktis,bkisd->bktd", of_prompt, read)
+            to_own = _product("bkits,bkisd->bkitd", of_own, read)
+            to_own = to_own.reshape(*to_own.shape[:2], -1, to_own.shape[-1])
+            return jnp.concatenate([to_prompt, to_own], axis=2)
 
-        def handed(of_prompt, of_own, turned):
-            handed = _gathered(each(of_own), each(turned))
-            handed = handed.reshape(*turned.shape[:2], -1, handed.shape[-1])
-            return jnp.concatenate([_gathered(of_prompt, turned), handed], axis=2)
-
-        of_keys = handed(to_prompt, to_own, queries.swapaxes(3, 4))
-        return of_queries, of_keys, handed(of_prompt, of_own, g.swapaxes(3, 4))
+        of_values = handed(*(part.astype(g.dtype) for part in weights), g)
+        return of_queries, handed(to_prompt, to_own, queries), of_values
 
     def _apart(self, keys, values, prompt_mask):
         """Keys and values of the prompt [B, K, P, hd], and of its completions [B, K, k, S, hd]."""
@@ -378,18 +404,36 @@ class Grouped:
         return prompt, (keys[of_own].reshape(own), values[of_own].reshape(own))
 
     def _scores(self, queries, prompt, own, prompt_mask):
-        """Masked scores f32[B, K, k, G · S, P] and [B, K, k, G · S, S]; how much the soft cap slowed each, or None."""
-        each = own.shape[3]
-        # Query g · S + s is the s-th of its completion.
-        causal = np.tile(np.tri(each, dtype=bool), (queries.shape[3] // each, 1))
+        """Masked scores f32[B, K, k, G · S, P] and [B, K, k, G · S, S]."""
         parts = [
-            capped(_product("bkisd,bktd->bkist", queries, prompt), self.config),
-            capped(_product("bkisd,bkitd->bkist", queries, own), self.config),
+            _product("bkisd,bktd->bkist", queries, prompt),
+            _product("bkisd,bkitd->bkist", queries, own),
         ]
-        masks = (prompt_mask[:, :, None, None], causal)
+        masks = prompt_mask[:, :, None, None], self._causal(queries, own)
+        return [
+            jnp.where(mask, capped(part, self.config)[0], MASKED)
+            for mask, part in zip(masks, parts)
+        ]
+
+    def _turned_scores(self, queries, prompt, own, prompt_mask):
+        """The same turned, [B, K, P, k, G · S] and [B, K, k, S, G · S]; how much the soft cap slowed each, or None."""
+        parts = [
+            capped(_product("bktd,bkisd->bktis", prompt, queries), self.config),
+            capped(_product("bkitd,bkisd->bkits", own, queries), self.config),
+        ]
+        masks = prompt_mask[..., None, None], self._causal(queries, own).T
         scores = [jnp.where(m, part, MASKED) for m, (part, _) in zip(masks, parts)]
         slopes = [slope for _, slope in parts]
         return scores, None if slopes[0] is None else slopes
+
+    def _causal(self, queries, own) -> np.ndarray:
+        """Which tokens of its completion each query sees, bool[G · S, S]: query g · S + s is the s-th."""
+        each = own.shape[3]
+        return np.tile(np.tri(each, dtype=bool), (queries.shape[3] // each, 1))
+
+    def _rows(self, of_queries):
+        """A number a query, [B, K, k, G · S, 1], as turned scores of the prompt and of completions want it."""
+        return _a_row(of_queries), of_queries.swapaxes(3, 4)
 
 
 # Parts of both, and of attention over a cache.
@@ -433,14 +477,10 @@ def _product(spec: str, one: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.einsum(spec, one, other, preferred_element_type=jnp.float32)
 
 
-def _gathered(weights: jax.Array, turned: jax.Array) -> jax.Array:
-    """f32[B, K, T, hd]: what queries, turned [B, K, g, hd, s], hand to each key, by weights [B, K, g, s, T].
-
-    The transposed product comes first: the narrow operands are then the ones that are turned, and not the weights.
-    """
-    product = _product("bkgds,bkgst->bkdt", turned, weights)
-    return jax.lax.optimization_barrier(product).swapaxes(2, 3)
+def _a_row(of_queries: jax.Array) -> jax.Array:
+    """[B, K, 1, g, s] of [B, K, g, s, 1]."""
+    return of_queries[:, :, None, ..., 0]
 
 
-def _joined(blocks: list[jax.Array]) -> jax.Array:
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=3)
+def _joined(blocks: list[jax.Array], axis: int) -> jax.Array:
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis)

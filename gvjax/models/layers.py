@@ -191,8 +191,14 @@ def _activated_product_forward(x, factor, kernel, activation):
 def _activated_product_backward(activation, kept, g):
     x, factor, kernel = kept
     of_activated = g @ kernel.T
-    activated, pull = jax.vjp(activation, once(of_activated, x), factor)
-    return (*pull(of_activated), activated.T @ g)
+    x = once(of_activated, x)
+    # As large as x are three arrays on the way; by the derived gradient of the whole they would be four.
+    activated, slope = jax.jvp(lambda x: activation(x, None), (x,), (jnp.ones_like(x),))
+    of_x, of_factor = of_activated * slope, None
+    if factor is not None:
+        of_x, of_factor = of_x * factor, of_activated * activated
+        activated = activated * factor
+    return of_x, of_factor, activated.T @ g
 
 
 _activated_product.defvjp(_activated_product_forward, _activated_product_backward)
