@@ -17,7 +17,7 @@ from gvjax.types import DecodeFn, Params, Rollouts
 
 def generate(
     decode_fn: DecodeFn,
-    init_cache: Callable[[int, int], Any],
+    init_cache: Callable[..., Any],
     params: Params,
     prompts: jax.Array,
     prompt_lengths: jax.Array,
@@ -33,10 +33,11 @@ def generate(
     allow_truncated_support: bool = False,
     prompt_ids: jax.Array | None = None,
     compact: int | None = None,
+    share_prompts: bool = False,
 ) -> Rollouts:
     """Samples completions.
 
-    Each prompt is run once and its cache shared by its samples. The cache grows with the completions, in a few steps, so
+    Each prompt is run once, for all its samples. The cache grows with the completions, in a few steps, so
     that attention reads little more than there is. The loop ends when every row has drawn its EOS. A row's draws depend
     on the key, its prompt's id and its number in the group alone: the same completion comes out alone, in any batch and
     for any `max_new_tokens`.
@@ -62,6 +63,9 @@ def generate(
       compact: None, or >= 1: when half of the rows have drawn their EOS the others go on without them, and again at a
         quarter, in numbers that this divides (1, or on a mesh the devices that rows are split over). It pays where
         completions differ much in length, and is a loop more to compile each time.
+      share_prompts: the samples of a prompt read its cache together, where each would have a copy of its own:
+        `init_cache(batch, length, after=cache)` is the cache of rows that continue the prompts of another one, as
+        `decoding.init_cache` makes it. Not with `compact`.
 
     Returns:
       Rollouts of N · k rows, the k of a prompt together, with T = P + C. `logps` are at temperature 1 over the full
@@ -72,6 +76,10 @@ def generate(
       ValueError: impossible settings, or truncated support not asked for.
     """
     _check(max_new_tokens, num_samples, temperature, top_k, top_p, compact)
+    if share_prompts and compact is not None:
+        raise ValueError(
+            f"share_prompts=True and compact={compact}: rows that go on alone leave their prompts; choose one of them"
+        )
     truncates = temperature == 0 or top_k is not None or top_p is not None
     if truncates and not allow_truncated_support:
         raise ValueError(
@@ -104,10 +112,18 @@ def generate(
     def repeat(x):
         return jnp.repeat(x, num_samples, axis=0) if jnp.ndim(x) else x
 
-    logits, cache, prompts, lengths = jax.tree.map(
-        repeat, (logits, cache, prompts, prompt_lengths)
-    )
+    logits, prompts, lengths = jax.tree.map(repeat, (logits, prompts, prompt_lengths))
     rows = number * num_samples
+    stops = _stops(width, max_new_tokens)
+    prompt_cache = cache
+
+    def empty(rows: int, length: int) -> Any:
+        """A cache with room for so many new tokens."""
+        if share_prompts:
+            return init_cache(rows, length, after=prompt_cache)
+        return init_cache(rows, width + length)
+
+    cache = empty(rows, stops[0]) if share_prompts else jax.tree.map(repeat, cache)
     off_policy = truncates or temperature != 1
 
     def draw(logits, uniform):
@@ -142,8 +158,8 @@ def generate(
 
     def drawn(step, stop, fewest, some):
         """Tokens `step` up to `stop` of some rows, over a cache no longer than they need, while more than `fewest` live."""
-        empty = init_cache(len(some["token"]), width + stop)
-        some = {**some, "cache": _grown(some["cache"], empty)}
+        longer = empty(len(some["token"]), stop)
+        some = {**some, "cache": _grown(some["cache"], longer)}
 
         def unfinished(carry):
             step, some = carry
@@ -194,7 +210,7 @@ def generate(
     out = completed(
         jnp.int32(1),
         record(some, 0, logits),
-        _stops(width, max_new_tokens),
+        stops,
         [] if eos_id is None or compact is None else _numbers(rows, compact),
     )
 

@@ -254,7 +254,8 @@ class DecodeFn(Protocol):
     """One cached forward: `(params, tokens[B, S], positions[B, S], cache) -> (logits f32[B, V], cache)`.
 
     `positions` count from 0 in each row and −1 marks padding, on the right; the logits are those after each row's last
-    real token. Every array of the cache that is not a scalar has the batch as axis 0.
+    real token. Every array of the cache that is not a scalar has the batch as axis 0, or that of the prompts which the
+    rows continue.
     """
 
     def __call__(

@@ -187,6 +187,40 @@ def test_the_cache_grows_only_where_it_saves_an_eighth():
     assert sampling._stops(512, 128) == [128]
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_samples_that_read_their_prompt_together_are_those_with_copies(
+    window, params, monkeypatch
+):
+    """Prompts of three lengths; the rows' own cache grows once, and a window ends in the prompt or behind it."""
+    monkeypatch.setattr(sampling, "_stops", lambda width, count: [4, count])
+    jitted.clear_cache()
+    config = dataclasses.replace(CONFIG, sliding_window=window)
+    model = (
+        decoding.decode_fn(config),
+        functools.partial(decoding.init_cache, config),
+    )
+    settings = {"max_new_tokens": 9, "num_samples": 4, "eos_id": EOS}
+
+    def drawn(**more):
+        key = jax.random.key(0)
+        given = tuple({**settings, **more}.items())
+        return jitted(
+            model, params, PROMPTS, LENGTHS, key, jnp.arange(3), settings=given
+        )
+
+    together, apart = drawn(share_prompts=True), drawn()
+    jitted.clear_cache()
+    np.testing.assert_array_equal(together.tokens, apart.tokens)
+    np.testing.assert_array_equal(together.completion_mask, apart.completion_mask)
+    np.testing.assert_allclose(together.logps, apart.logps, atol=1e-5)
+    assert len(np.unique(np.asarray(together.tokens[:4]), axis=0)) > 1
+    counts = together.completion_mask.sum(axis=1)
+    assert counts.min() < 4 < counts.max()
+    scored = jax.jit(transformer.token_logps_fn(config))(params, together.tokens)
+    mask = np.asarray(together.completion_mask)
+    np.testing.assert_allclose(together.logps[mask], scored[mask], atol=1e-5)
+
+
 def test_a_group_shares_a_prefill_without_sharing_draws():
     group = sample(TABLE, num_samples=4)
     assert len(np.unique(np.asarray(group.tokens[:4]), axis=0)) > 1
@@ -287,6 +321,7 @@ def test_greedy_takes_the_likeliest():
         ({"top_k": 0}, "top_k is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": 0.0, "top_k": 3}, "do nothing"),
+        ({"share_prompts": True, "compact": 1}, "leave their prompts"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -378,7 +413,10 @@ def test_a_second_call_compiles_nothing():
     assert not np.array_equal(again.tokens, first.tokens)
 
 
-def test_one_program_generates_scores_and_differentiates_on_a_mesh(params, rollouts):
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_one_program_generates_scores_and_differentiates_on_a_mesh(
+    share_prompts, params, rollouts
+):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     logps_fn = transformer.token_logps_fn(CONFIG, mesh=mesh)
     prompts = jnp.concatenate([PROMPTS, PROMPTS[:1]])
@@ -396,6 +434,7 @@ def test_one_program_generates_scores_and_differentiates_on_a_mesh(params, rollo
             max_new_tokens=6,
             num_samples=2,
             eos_id=EOS,
+            share_prompts=share_prompts,
         )
         gradient = jax.grad(lambda p: jnp.sum(logps_fn(p, drawn.tokens)))(params)
         return drawn, gradient

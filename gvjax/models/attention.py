@@ -104,6 +104,7 @@ def cached_attention(
     config: AttentionConfig,
     positions: jax.Array,
     slot_positions: jax.Array,
+    prompts: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Attention of new tokens over a cache.
 
@@ -113,16 +114,40 @@ def cached_attention(
       config: AttentionConfig.
       positions: int32[B, S], the position of each new token in its row; −1 is padding.
       slot_positions: int32[B, T], the position of the token in each slot; −1 is an empty slot or padding.
+      prompts: what stands in front of those: keys and values [N, K, P, hd] of prompts and int32[N, P], each seen by the
+        B / N rows that continue it, which stand together. They are read once a prompt, and not once a row.
 
     Returns:
       [B, S, H, hd].
     """
-    slots, new = slot_positions[:, None, :], positions[:, :, None]
-    mask = (slots >= 0) & (slots <= new)
-    if config.window is not None:
-        mask &= slots > new - config.window
-    split = blocked.grouped(queries, keys.shape[1])
-    out = _attend(split, keys, values, mask[:, None, None], config)
+
+    def sees(slots):
+        slots, new = slots[:, None, :], positions[:, :, None]
+        mask = (slots >= 0) & (slots <= new)
+        if config.window is not None:
+            mask &= slots > new - config.window
+        return mask[:, None, None]
+
+    split = blocked.grouped(
+        queries * jnp.asarray(config.scale, queries.dtype), keys.shape[1]
+    )
+    parts = [(_scores(split, keys, config), sees(slot_positions))]
+    if prompts is not None:
+        of_prompt, in_prompt, places = prompts
+        each = len(queries) // len(of_prompt)
+        shape = split.shape[:-1]
+        scores = _scores(_by_prompt(split, each), of_prompt, config)
+        seen = sees(jnp.repeat(places, each, axis=0))
+        parts.append((_by_row(scores, shape, each), seen))
+    scores = jnp.concatenate(
+        [jnp.where(mask, part, MASKED) for part, mask in parts], axis=-1
+    )
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    own = keys.shape[2]
+    out = _read(weights[..., :own], values)
+    if prompts is not None:
+        read = _read(_by_prompt(weights[..., own:], each), in_prompt)
+        out += _by_row(read, shape, each)
     return blocked.ungrouped(out)
 
 
@@ -181,17 +206,31 @@ def group_attention(
     return blocked.blocked(queries, keys, values, prompt_mask, pattern, "never")
 
 
-def _attend(queries, keys, values, mask, config: AttentionConfig) -> jax.Array:
-    """[B, K, G, S, hd] queries over [B, K, T, hd] keys and values; mask broadcasts to [B, K, G, S, T]."""
+def _scores(queries, keys, config: AttentionConfig) -> jax.Array:
+    """f32[B, K, G, S, T] of scaled queries [B, K, G, S, hd] and keys [B, K, T, hd]."""
     scores = jnp.einsum(
-        "bkgsd,bktd->bkgst",
-        queries * jnp.asarray(config.scale, queries.dtype),
-        keys,
-        preferred_element_type=jnp.float32,
+        "bkgsd,bktd->bkgst", queries, keys, preferred_element_type=jnp.float32
     )
-    scores, _ = blocked.capped(scores, config)
-    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
-    return jnp.einsum("bkgst,bktd->bkgsd", weights.astype(values.dtype), values)
+    return blocked.capped(scores, config)[0]
+
+
+def _read(weights: jax.Array, values: jax.Array) -> jax.Array:
+    return jnp.einsum("bkgst,bktd->bkgsd", weights, values)
+
+
+def _by_prompt(of_rows: jax.Array, each: int) -> jax.Array:
+    """[N, K, 1, each · G · S, n] of [N · each, K, G, S, n]: what reads the same prompt stands together."""
+    rows, heads, group, length, width = of_rows.shape
+    apart = of_rows.reshape(rows // each, each, heads, group, length, width)
+    together = apart.transpose(0, 2, 1, 3, 4, 5)
+    return together.reshape(rows // each, heads, 1, -1, width)
+
+
+def _by_row(together: jax.Array, shape: tuple[int, ...], each: int) -> jax.Array:
+    """[*shape, n]: what `_by_prompt` made of rows with leading axes `shape`."""
+    rows, heads, group, length = shape
+    apart = together.reshape(rows // each, heads, each, group, length, -1)
+    return apart.transpose(0, 2, 1, 3, 4, 5).reshape(*shape, -1)
 
 
 def _splash(queries, keys, values, config: AttentionConfig, segments, mesh):

@@ -8,8 +8,8 @@ With s the scores, p = exp(s − l) the weights and l the logarithm of their sum
 
     ∂v = pᵀ g,   ∂s = p · (g vᵀ − Σ_d g · out),   ∂q = ∂s k,   ∂k = ∂sᵀ q
 
-The derived one keeps every block's weights and takes half as long again on a CPU. Backwards scores are made turned, a row a
-key: two of the five products read them as they are, and only keys and ∂q, which are narrow, are turned.
+The derived one keeps every block's weights and takes half as long again on a CPU. Backwards a whole sequence's scores are
+made turned, a row a key: two of the five products read them as they are, and only keys and ∂q, which are narrow, are turned.
 
 References:
   Dao et al., 2022, https://arxiv.org/abs/2205.14135, Appendix B.
@@ -345,7 +345,7 @@ class Grouped:
 
     def forward(self, queries, keys, values, prompt_mask):
         prompt, own = self._apart(keys, values, prompt_mask)
-        scores = self._scores(queries, prompt[0], own[0], prompt_mask)
+        scores, _ = self._scores(queries, prompt[0], own[0], prompt_mask)
         most = jnp.maximum(*(jnp.max(part, axis=-1, keepdims=True) for part in scores))
         weights = [jnp.exp(part - most) for part in scores]
         sums = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
@@ -360,40 +360,34 @@ class Grouped:
 
     def backward(self, queries, keys, values, prompt_mask, out, log_sum, known, g):
         prompt, own = self._apart(keys, values, prompt_mask)
-        slopes = None
-        if known is None:
-            scores, slopes = self._turned_scores(
-                queries, prompt[0], own[0], prompt_mask
-            )
-            weights = [
-                jnp.exp(part - row) for part, row in zip(scores, self._rows(log_sum))
-            ]
-        else:
-            weights = [known[0].transpose(0, 1, 4, 2, 3), known[1].swapaxes(3, 4)]
-        of_weights = [
-            _product("bktd,bkisd->bktis", prompt[1], g),
-            _product("bkitd,bkisd->bkits", own[1], g),
+        weights, slopes = known, None
+        if weights is None:
+            scores, slopes = self._scores(queries, prompt[0], own[0], prompt_mask)
+            weights = [jnp.exp(part - log_sum) for part in scores]
+        of_prompt, of_own = weights
+        dots = _dots(g, out)
+        moves = [
+            of_prompt * (_product("bkisd,bktd->bkist", g, prompt[1]) - dots),
+            of_own * (_product("bkisd,bkitd->bkist", g, own[1]) - dots),
         ]
-        rows = self._rows(_dots(g, out))
-        moves = [p * (x - row) for p, x, row in zip(weights, of_weights, rows)]
         if slopes is not None:
             moves = [move * slope for move, slope in zip(moves, slopes)]
         to_prompt, to_own = (move.astype(queries.dtype) for move in moves)
-        of_queries = _product(
-            "bkdt,bktis->bkdis", prompt[0].swapaxes(2, 3), to_prompt
-        ).transpose(0, 1, 3, 4, 2)
-        of_queries += _product(
-            "bkidt,bkits->bkids", own[0].swapaxes(3, 4), to_own
-        ).swapaxes(3, 4)
+        of_prompt, of_own = (part.astype(g.dtype) for part in (of_prompt, of_own))
+        of_queries = _product("bkist,bktd->bkisd", to_prompt, prompt[0])
+        of_queries += _product("bkist,bkitd->bkisd", to_own, own[0])
 
-        def handed(of_prompt, of_own, read):
-            to_prompt = _product("bktis,bkisd->bktd", of_prompt, read)
-            to_own = _product("bkits,bkisd->bkitd", of_own, read)
-            to_own = to_own.reshape(*to_own.shape[:2], -1, to_own.shape[-1])
-            return jnp.concatenate([to_prompt, to_own], axis=2)
+        # [B, K, k, ...] -> [B, K · k, 1, ...]: every completion hands to keys of its own.
+        def each(part):
+            return part.reshape(part.shape[0], -1, 1, *part.shape[3:])
 
-        of_values = handed(*(part.astype(g.dtype) for part in weights), g)
-        return of_queries, handed(to_prompt, to_own, queries), of_values
+        def handed(of_prompt, of_own, turned):
+            handed = _gathered(each(of_own), each(turned))
+            handed = handed.reshape(*turned.shape[:2], -1, handed.shape[-1])
+            return jnp.concatenate([_gathered(of_prompt, turned), handed], axis=2)
+
+        of_keys = handed(to_prompt, to_own, queries.swapaxes(3, 4))
+        return of_queries, of_keys, handed(of_prompt, of_own, g.swapaxes(3, 4))
 
     def _apart(self, keys, values, prompt_mask):
         """Keys and values of the prompt [B, K, P, hd], and of its completions [B, K, k, S, hd]."""
@@ -404,36 +398,18 @@ class Grouped:
         return prompt, (keys[of_own].reshape(own), values[of_own].reshape(own))
 
     def _scores(self, queries, prompt, own, prompt_mask):
-        """Masked scores f32[B, K, k, G · S, P] and [B, K, k, G · S, S]."""
+        """Masked scores f32[B, K, k, G · S, P] and [B, K, k, G · S, S]; how much the soft cap slowed each, or None."""
+        each = own.shape[3]
+        # Query g · S + s is the s-th of its completion.
+        causal = np.tile(np.tri(each, dtype=bool), (queries.shape[3] // each, 1))
         parts = [
-            _product("bkisd,bktd->bkist", queries, prompt),
-            _product("bkisd,bkitd->bkist", queries, own),
+            capped(_product("bkisd,bktd->bkist", queries, prompt), self.config),
+            capped(_product("bkisd,bkitd->bkist", queries, own), self.config),
         ]
-        masks = prompt_mask[:, :, None, None], self._causal(queries, own)
-        return [
-            jnp.where(mask, capped(part, self.config)[0], MASKED)
-            for mask, part in zip(masks, parts)
-        ]
-
-    def _turned_scores(self, queries, prompt, own, prompt_mask):
-        """The same turned, [B, K, P, k, G · S] and [B, K, k, S, G · S]; how much the soft cap slowed each, or None."""
-        parts = [
-            capped(_product("bktd,bkisd->bktis", prompt, queries), self.config),
-            capped(_product("bkitd,bkisd->bkits", own, queries), self.config),
-        ]
-        masks = prompt_mask[..., None, None], self._causal(queries, own).T
+        masks = (prompt_mask[:, :, None, None], causal)
         scores = [jnp.where(m, part, MASKED) for m, (part, _) in zip(masks, parts)]
         slopes = [slope for _, slope in parts]
         return scores, None if slopes[0] is None else slopes
-
-    def _causal(self, queries, own) -> np.ndarray:
-        """Which tokens of its completion each query sees, bool[G · S, S]: query g · S + s is the s-th."""
-        each = own.shape[3]
-        return np.tile(np.tri(each, dtype=bool), (queries.shape[3] // each, 1))
-
-    def _rows(self, of_queries):
-        """A number a query, [B, K, k, G · S, 1], as turned scores of the prompt and of completions want it."""
-        return _a_row(of_queries), of_queries.swapaxes(3, 4)
 
 
 # Parts of both, and of attention over a cache.
@@ -475,6 +451,15 @@ def _dots(g, out):
 
 def _product(spec: str, one: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.einsum(spec, one, other, preferred_element_type=jnp.float32)
+
+
+def _gathered(weights: jax.Array, turned: jax.Array) -> jax.Array:
+    """f32[B, K, T, hd]: what queries, turned [B, K, g, hd, s], hand to each key, by weights [B, K, g, s, T].
+
+    The transposed product comes first: the narrow operands are then the ones that are turned, and not the weights.
+    """
+    product = _product("bkgds,bkgst->bkdt", turned, weights)
+    return jax.lax.optimization_barrier(product).swapaxes(2, 3)
 
 
 def _a_row(of_queries: jax.Array) -> jax.Array:

@@ -21,18 +21,21 @@ def init_cache(
     dtype: Any = None,
     *,
     mesh: Mesh | None = None,
+    after: Cache | None = None,
 ) -> Cache:
     """An empty cache for `batch` rows of up to `length` slots.
 
     One key and one value array `[B, K, length, hd]` per layer, written in place. All rows write to the same slot at a
     time, and each slot remembers the position that its token has in its row (−1: none), so that ragged prompts need no
-    scatter. Every array of the cache but the slot counter has the batch as axis 0.
+    scatter. Every array of the cache but the slot counter has the batch as axis 0; those of prompts in front, that of theirs.
 
     Args:
       config: ModelConfig.
       batch, length: sizes; writing past `length` is not detected.
       dtype: of keys and values; the config's by default.
       mesh: where given, batch is split over (data, fsdp) and heads over tensor.
+      after: a cache that N prompts have filled. The rows of this one continue them, batch / N each, together: prompts are
+        kept once, and read once for all rows that continue them.
     """
     shape = (batch, config.kv_heads, length, config.width)
 
@@ -44,7 +47,8 @@ def init_cache(
         "keys": tuple(empty() for _ in range(config.num_layers)),
         "values": tuple(empty() for _ in range(config.num_layers)),
         "positions": jnp.full((batch, length), -1, jnp.int32),
-        "slot": None,
+        "slot": None if after is None else jnp.int32(0),
+        "prompts": after,
     }
 
 
@@ -101,6 +105,12 @@ def decode_fn(
         def kept(part):
             return layers.at(part, last)
 
+        def prompts(layer):
+            filled = cache["prompts"]
+            if filled is None:
+                return None
+            return filled["keys"][layer], filled["values"][layer], filled["positions"]
+
         new_keys, new_values = [], []
         for layer, layer_params in enumerate(transformer.apart(params["layers"])):
 
@@ -132,6 +142,7 @@ def decode_fn(
                         config=attention,
                         positions=read,
                         slot_positions=slot_positions,
+                        prompts=prompts(layer),
                     )
                 return out.astype(queries.dtype), written
 
@@ -151,6 +162,7 @@ def decode_fn(
             "values": tuple(new_values),
             "positions": slot_positions,
             "slot": slot + count,
+            "prompts": cache["prompts"],
         }
         return transformer.logits_of(config, params, x), cache
 

@@ -88,6 +88,7 @@ def sample(params, prompts, key, num_samples=1):
         key,
         max_new_tokens=common.GEN_NEW,
         num_samples=num_samples,
+        share_prompts=num_samples > 1,
     )
 
 

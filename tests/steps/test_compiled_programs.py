@@ -104,7 +104,7 @@ def test_in_bfloat16_only_products_are():
 
 
 @functools.cache
-def sampler(config: ModelConfig = CONFIG) -> str:
+def sampler(config: ModelConfig = CONFIG, share_prompts: bool = False) -> str:
     """The program that samples 3 completions of each of 4 prompts."""
     params = transformer.init_shapes(config)
 
@@ -120,6 +120,7 @@ def sampler(config: ModelConfig = CONFIG) -> str:
             max_new_tokens=COMPLETION,
             num_samples=3,
             eos_id=1,
+            share_prompts=share_prompts,
         )
 
     prompts = jax.ShapeDtypeStruct((ROWS, PROMPT), jnp.int32)
@@ -142,6 +143,14 @@ def test_every_array_of_the_old_state_is_used_again(shared):
     aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", header)
     assert aliases is not None, header
     assert len(re.findall(r"(?:may|must)-alias", aliases[1])) == arrays
+
+
+@pytest.mark.parametrize("share_prompts, slots", [(False, WIDTH), (True, COMPLETION)])
+def test_samples_that_share_a_prompt_keep_their_own_tokens_only(share_prompts, slots):
+    heads, width = CONFIG.num_heads, CONFIG.embed_dim // CONFIG.num_heads
+    shape = rf"f32\[{3 * ROWS},{heads},(\d+),{width}\]"
+    found = re.findall(shape, sampler(share_prompts=share_prompts))
+    assert max(map(int, found)) == slots
 
 
 def test_no_program_calls_the_host():
