@@ -37,10 +37,10 @@ def generate(
 ) -> Rollouts:
     """Samples completions.
 
-    Each prompt is run once, for all its samples. The cache grows with the completions, in a few steps, so
-    that attention reads little more than there is. The loop ends when every row has drawn its EOS. A row's draws depend
-    on the key, its prompt's id and its number in the group alone: the same completion comes out alone, in any batch and
-    for any `max_new_tokens`.
+    Each prompt is run once, for all its samples. The cache grows with the completions, in a few steps, so that attention
+    reads little more than there is. The loop ends when every row has drawn its EOS. A row's draws depend on the key, its
+    prompt's id and its number in the group alone: the same completion comes out alone, in any batch and for any
+    `max_new_tokens`.
 
     Args:
       decode_fn: DecodeFn, e.g. `decoding.decode_fn(config)`.

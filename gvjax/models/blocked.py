@@ -206,6 +206,16 @@ class _Span(NamedTuple):
     stop: int
     first: int
 
+    @property
+    def new(self) -> tuple[slice, ...]:
+        """Its queries, of [B, K, g, S, ...]."""
+        return np.s_[:, :, :, self.start : self.stop]
+
+    @property
+    def old(self) -> tuple[slice, ...]:
+        """The keys they see, of [B, K, T, ...]."""
+        return np.s_[:, :, self.first : self.stop]
+
 
 @dataclasses.dataclass(frozen=True)
 class Causal:
@@ -232,8 +242,8 @@ class Causal:
             most = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - most)
             sums = jnp.sum(weights, axis=-1, keepdims=True)
-            seen = values[:, :, block.first : block.stop]
-            out = _product("bkgst,bktd->bkgsd", weights.astype(values.dtype), seen)
+            read = weights.astype(values.dtype)
+            out = _product("bkgst,bktd->bkgsd", read, values[block.old])
             outs.append((out / sums).astype(values.dtype))
             log_sums.append(most + jnp.log(sums))
             if keeps:
@@ -247,8 +257,7 @@ class Causal:
         of_keys = jnp.zeros(keys.shape, jnp.float32)
         of_values = jnp.zeros(values.shape, jnp.float32)
         for number, block in enumerate(self._spans(keys.shape[2])):
-            new = (*[slice(None)] * 3, slice(block.start, block.stop))
-            old = (*[slice(None)] * 2, slice(block.first, block.stop))
+            new, old = block.new, block.old
             slope = None
             if known is None:
                 scores, slope = self._turned_scores(queries, keys, segments, block)
@@ -285,18 +294,14 @@ class Causal:
 
     def _scores(self, queries, keys, segments, block: _Span):
         """A block's masked scores f32[B, K, g, s, T']."""
-        queries = queries[:, :, :, block.start : block.stop]
-        keys = keys[:, :, block.first : block.stop]
-        scores = _product("bkgsd,bktd->bkgst", queries, keys)
+        scores = _product("bkgsd,bktd->bkgst", queries[block.new], keys[block.old])
         mask = self._sees(block, segments, np.s_[..., None], np.s_[..., None, :])
         scores, _ = capped(scores, self.config)
         return jnp.where(mask[..., None, :, :], scores, MASKED)
 
     def _turned_scores(self, queries, keys, segments, block: _Span):
         """The same turned, [B, K, T', g, s], and by how much the soft cap slowed each; None without one."""
-        queries = queries[:, :, :, block.start : block.stop]
-        keys = keys[:, :, block.first : block.stop]
-        scores = _product("bktd,bkgsd->bktgs", keys, queries)
+        scores = _product("bktd,bkgsd->bktgs", keys[block.old], queries[block.new])
         mask = self._sees(block, segments, np.s_[..., None, :], np.s_[..., None])
         scores, slope = capped(scores, self.config)
         return jnp.where(mask[..., None, :], scores, MASKED), slope
