@@ -65,7 +65,7 @@ def generate(
         completions differ much in length, and is a loop more to compile each time.
       share_prompts: the samples of a prompt read its cache together, where each would have a copy of its own:
         `init_cache(batch, length, after=cache)` is the cache of rows that continue the prompts of another one, as
-        `decoding.init_cache` makes it. Not with `compact`.
+        `decoding.init_cache` makes it. Rows that go on alone (`compact`) take copies of their prompts along.
 
     Returns:
       Rollouts of N · k rows, the k of a prompt together, with T = P + C. `logps` are at temperature 1 over the full
@@ -76,10 +76,6 @@ def generate(
       ValueError: impossible settings, or truncated support not asked for.
     """
     _check(max_new_tokens, num_samples, temperature, top_k, top_p, compact)
-    if share_prompts and compact is not None:
-        raise ValueError(
-            f"share_prompts=True and compact={compact}: rows that go on alone leave their prompts; choose one of them"
-        )
     truncates = temperature == 0 or top_k is not None or top_p is not None
     if truncates and not allow_truncated_support:
         raise ValueError(
@@ -115,15 +111,17 @@ def generate(
     logits, prompts, lengths = jax.tree.map(repeat, (logits, prompts, prompt_lengths))
     rows = number * num_samples
     stops = _stops(width, max_new_tokens)
-    prompt_cache = cache
 
-    def empty(rows: int, length: int) -> Any:
-        """A cache with room for so many new tokens."""
+    def empty(rows: int, length: int, before: Any) -> Any:
+        """A cache with room for so many new tokens, behind that of the prompts where it is shared."""
         if share_prompts:
-            return init_cache(rows, length, after=prompt_cache)
+            return init_cache(rows, length, after=before)
         return init_cache(rows, width + length)
 
-    cache = empty(rows, stops[0]) if share_prompts else jax.tree.map(repeat, cache)
+    if share_prompts:
+        before, cache = cache, empty(rows, stops[0], cache)
+    else:
+        before, cache = None, jax.tree.map(repeat, cache)
     off_policy = truncates or temperature != 1
 
     def draw(logits, uniform):
@@ -156,9 +154,9 @@ def generate(
             live = live & (token != eos_id)
         return {**some, "out": out, "token": token, "live": live}
 
-    def drawn(step, stop, fewest, some):
+    def drawn(step, stop, fewest, some, before):
         """Tokens `step` up to `stop` of some rows, over a cache no longer than they need, while more than `fewest` live."""
-        longer = empty(len(some["token"]), stop)
+        longer = empty(len(some["token"]), stop, before)
         some = {**some, "cache": _grown(some["cache"], longer)}
 
         def unfinished(carry):
@@ -177,19 +175,24 @@ def generate(
 
         return jax.lax.while_loop(unfinished, advance, (step, some))
 
-    def completed(step, some, stops, numbers):
+    def completed(step, some, stops, numbers, before):
         """The columns of some rows, drawn to their ends; when at most numbers[0] of them live, these go on alone."""
         fewer, *numbers = numbers or [0]
         for stop in stops:
-            step, some = drawn(step, stop, fewer, some)
+            step, some = drawn(step, stop, fewer, some, before)
         if not fewer:
             return some["out"]
         # Nobody is left behind: at most so many live, or every completion has all its tokens.
         kept = jnp.argsort(~some["live"], stable=True)[:fewer]
-        others = {**some, "uniforms": None}
-        others = jax.tree.map(lambda x: x[kept] if jnp.ndim(x) else x, others)
+        count = len(some["live"])
+
+        def alone(x):
+            # What a prompt's rows had in common, each that is kept now has for itself.
+            return x[kept // (count // len(x))] if jnp.ndim(x) else x
+
+        others, before = jax.tree.map(alone, ({**some, "uniforms": None}, before))
         others["uniforms"] = some["uniforms"][:, kept]
-        ends = completed(step, others, [max_new_tokens], numbers)
+        ends = completed(step, others, [max_new_tokens], numbers, before)
         return jax.tree.map(lambda x, end: x.at[kept].set(end), some["out"], ends)
 
     shape = (rows, max_new_tokens)
@@ -212,6 +215,7 @@ def generate(
         record(some, 0, logits),
         stops,
         [] if eos_id is None or compact is None else _numbers(rows, compact),
+        before,
     )
 
     # From columns of the loop to the layout of training batches: prompt, completion, padding.

@@ -321,7 +321,6 @@ def test_greedy_takes_the_likeliest():
         ({"top_k": 0}, "top_k is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": 0.0, "top_k": 3}, "do nothing"),
-        ({"share_prompts": True, "compact": 1}, "leave their prompts"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -393,11 +392,14 @@ def test_rows_that_have_ended_are_run_no_more(compact, batches):
     assert calls == batches
 
 
-def test_leaving_out_what_has_ended_changes_nothing(params):
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_leaving_out_what_has_ended_changes_nothing(share_prompts, params):
     prompts, lengths = jnp.tile(PROMPTS, (4, 1)), jnp.tile(LENGTHS, 4)
     settings = {"max_new_tokens": 40, "temperature": 0.5}
     whole = sample(params, prompts, lengths, **settings)
-    alone = sample(params, prompts, lengths, **settings, compact=2)
+    alone = sample(
+        params, prompts, lengths, **settings, compact=2, share_prompts=share_prompts
+    )
     counts = np.sort(whole.completion_mask.sum(axis=1))
     # Both gatherings take place, and some rows outlive them.
     assert counts[12] < counts[17] - 1 < counts[-1] - 5
@@ -413,9 +415,11 @@ def test_a_second_call_compiles_nothing():
     assert not np.array_equal(again.tokens, first.tokens)
 
 
-@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"share_prompts": True}, {"share_prompts": True, "compact": 4}]
+)
 def test_one_program_generates_scores_and_differentiates_on_a_mesh(
-    share_prompts, params, rollouts
+    settings, params, rollouts
 ):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     logps_fn = transformer.token_logps_fn(CONFIG, mesh=mesh)
@@ -434,7 +438,7 @@ def test_one_program_generates_scores_and_differentiates_on_a_mesh(
             max_new_tokens=6,
             num_samples=2,
             eos_id=EOS,
-            share_prompts=share_prompts,
+            **settings,
         )
         gradient = jax.grad(lambda p: jnp.sum(logps_fn(p, drawn.tokens)))(params)
         return drawn, gradient

@@ -46,7 +46,7 @@ def sampler(
             allow_truncated_support=temperature == 0,
             prompt_ids=prompt_ids,
             compact=shards if ground.compact_sampling else None,
-            share_prompts=num_samples > 1 and not ground.compact_sampling,
+            share_prompts=num_samples > 1,
         )
 
     return sample
