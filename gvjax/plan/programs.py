@@ -148,16 +148,18 @@ def stage_of(
     match section:
         case config.SftSection():
             compiled, _ = sft.program(ground, section)
-            batch: Any = parts.sequences(section.batch_size)
-            work = parts.training(section.batch_size)
+            packed = section.packed_length
+            batch: Any = parts.sequences(section.batch_size, packed)
+            work = parts.training(section.batch_size, packed=packed)
             programs = [] if ground.checkpoint is not None else [parts.init_policy()]
             if ground.lora is None:
                 held = {}
             training = parts.train(compiled, parts.trained, batch, work)
         case config.RewardSection():
             compiled, _ = reward.program(ground, section)
-            batch = parts.pairs(section.batch_size, reference=True)
-            work = parts.training(2 * section.batch_size, scored=False)
+            packed = section.packed_length
+            batch = parts.pairs(section.batch_size, packed)
+            work = parts.training(2 * section.batch_size, scored=False, packed=packed)
             programs.append(parts.init_reward_model(section.zero_head))
             training = parts.train(
                 compiled, parts.reward_model, batch, work, source=(), base=False
@@ -167,14 +169,15 @@ def stage_of(
             return parts.stage(name, held, parts.reward_model, programs, section)
         case config.DpoSection():
             compiled, _ = dpo.program(ground, section)
-            batch = parts.pairs(section.batch_size, reference=True)
-            work = parts.training(2 * section.batch_size)
+            packed = section.packed_length
+            batch = parts.pairs(section.batch_size, packed)
+            work = parts.training(2 * section.batch_size, packed=packed)
             training = parts.train(compiled, parts.trained, batch, work)
         case config.HypoSection():
             compiled, _ = hypo.program(ground, section)
             fresh = section.on_policy_prompts
             batch = (
-                parts.pairs(section.batch_size, reference=True),
+                parts.pairs(section.batch_size),
                 parts.sequences(fresh),
                 parts.row(fresh),
             )
@@ -302,16 +305,26 @@ class _Parts:
     def columns(self, rows: int) -> Any:
         return self._rows(rows, self._length, dtype=jnp.float32)
 
-    def sequences(self, rows: int) -> SequenceBatch:
-        return SequenceBatch(
-            self._rows(rows, self._length, dtype=jnp.int32),
-            self._rows(rows, self._length, dtype=jnp.bool_),
-        )
+    def sequences(self, rows: int, packed: int | None = None) -> SequenceBatch:
+        """Of one sequence a row, or of several in rows of `packed` tokens."""
+        shape = rows, packed or self._length
+        tokens = self._rows(*shape, dtype=jnp.int32)
+        mask = self._rows(*shape, dtype=jnp.bool_)
+        return SequenceBatch(tokens, mask, tokens if packed else None)
 
-    def pairs(self, rows: int, *, reference: bool) -> PreferenceBatch:
-        ref_logps = self.row(rows) if reference else None
-        sequences = self.sequences(rows)
-        return PreferenceBatch(sequences, sequences, ref_logps, ref_logps)
+    def pairs(self, rows: int, packed: int | None = None) -> PreferenceBatch:
+        sequences = self.sequences(rows, packed)
+        if packed is None:
+            ref_logps = self.row(rows)
+            return PreferenceBatch(sequences, sequences, ref_logps, ref_logps)
+        # How many share a row is up to the data: those here have a quarter of the length that they may have.
+        shape = rows, 4 * packed // self._length
+        numbers = self._rows(*shape, dtype=jnp.float32)
+        return PreferenceBatch(
+            *(sequences, sequences, numbers, numbers),
+            weight=numbers,
+            swapped=self._rows(*shape, dtype=jnp.bool_),
+        )
 
     def rollouts(self, rows: int) -> Rollouts:
         sequences = self.sequences(rows)
@@ -355,10 +368,14 @@ class _Parts:
         )
         return self._work(flops, self._matrices())
 
-    def training(self, rows: int, *, scored: bool = True) -> Work:
+    def training(
+        self, rows: int, *, scored: bool = True, packed: int | None = None
+    ) -> Work:
         one = self.forward(rows, scored=scored)
         updated = self._seeds * 7 * bytes_per_device(self.policy)
-        return Work(cost.TRAINING * one.flops, cost.TRAINING * one.bytes + updated)
+        # Packed rows are full of sequences, here of ones as long as may be.
+        flops = one.flops * (packed or self._length) / self._length
+        return Work(cost.TRAINING * flops, cost.TRAINING * one.bytes + updated)
 
     # Programs.
 

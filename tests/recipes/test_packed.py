@@ -18,6 +18,7 @@ from gvjax.data.ahead import Ahead
 from gvjax.data.batches import Batches
 from gvjax.data.tokenizer import ByteTokenizer
 from gvjax.models.config import ModelConfig
+from gvjax.plan.programs import stage_of
 from gvjax.recipes import dpo, loop, packed, reading, reward, rows, sft, single
 from gvjax.recipes.dataset import Dataset, Table
 from gvjax.recipes.ground import Ground
@@ -167,6 +168,33 @@ def test_what_cannot_be_packed_is_refused(section, model, message, ground):
     ground = dataclasses.replace(ground, model=dataclasses.replace(MODEL, **model))
     with pytest.raises(config.ConfigError, match=message):
         single.check(section, ground)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_a_plan_is_of_the_step_on_packed_rows(kind, ground, task, inputs):
+    sections = {
+        "sft": config.SftSection,
+        "reward": config.RewardSection,
+        "dpo": config.DpoSection,
+    }
+    settings = sections[kind](batch_size=2, packed_length=128)
+    if kind == "sft":
+        rows = packed.demonstrations(task, ground, settings, 0)
+    else:
+        rows = packed.pairs(inputs.pairs, ground, settings, 0, "role")
+    stage = stage_of(kind, settings, ground, pairs=None, evaluated=4)
+    step = next(each for each in stage.programs if each.name == "train step")
+    (_, planned), _ = step.lower().in_avals
+    batch = rows.batch_at(0)
+    assert jax.tree.structure(planned) == jax.tree.structure(batch)
+    for shape, array in zip(jax.tree.leaves(planned), jax.tree.leaves(batch)):
+        assert (shape.dtype, shape.ndim) == (array.dtype, array.ndim)
+        # Rows of these data are a little shorter than they may be, and hold about as many pairs.
+        assert len(array) == shape.shape[0] and array.shape[1] <= shape.shape[1]
+    plain = settings.model_copy(update={"packed_length": None})
+    alone = stage_of(kind, plain, ground, pairs=None, evaluated=4)
+    one = next(each for each in alone.programs if each.name == "train step")
+    assert step.work.flops == pytest.approx(one.work.flops * 128 / LONGEST)
 
 
 @pytest.mark.parametrize(
