@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jaxlib.version
 from jax.experimental import topologies
 
 from gvjax.plan import hlo
@@ -18,7 +19,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class UnavailableError(RuntimeError):
-    """The compiler for a platform is not installed; the message names the extra."""
+    """The compiler for a platform is not installed, or not the one that jax asks for; the message names the extra."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,17 @@ class Compiler:
         return self._done[program.key]
 
 
+def _text(compiled: jax.stages.Compiled) -> str:
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        raise UnavailableError(
+            f"jaxlib {jaxlib.version.__version__} cannot read what the compiler wrote, which is of another version: "
+            "pip install 'gvjax[plan]' brings the libtpu that this jax asks for, 'gvjax[plan-gpu]' its CUDA plugin; "
+            f"JAX says: {str(error).splitlines()[0]}"
+        ) from None
+
+
 def _compile(program: Program, mesh: jax.sharding.Mesh) -> Compiled:
     begun = time.monotonic()
     try:
@@ -104,7 +116,7 @@ def _compile(program: Program, mesh: jax.sharding.Mesh) -> Compiled:
         peak = int(float(found.group(1)) * _UNITS[found.group(2)])
         return Compiled(peak, refused=True, seconds=time.monotonic() - begun)
     memory: Any = compiled.memory_analysis()
-    text = compiled.as_text() or ""
+    text = _text(compiled)
     return Compiled(
         # Not arguments + temporaries: that counts donated memory twice.
         peak=memory.peak_memory_in_bytes,

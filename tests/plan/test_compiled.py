@@ -13,9 +13,10 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from gvjax.plan import command
+from gvjax.plan import command, compiling
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = "tests/plan/tiny.yaml"
@@ -272,6 +273,17 @@ def test_on_gpus_attention_is_cudnn_and_no_logits_are_gathered():
     assert any(name.startswith("__cudnn$fmha") for name in kernels), kernels
     step = programs_of(plan)["train step"]
     assert step["donated"] <= step["aliased"] <= 1.01 * step["donated"]
+
+
+def test_a_compiler_of_another_version_is_named():
+    """What libtpu 0.0.52 wrote of some programs stopped jaxlib 0.10.2, whose jax asks for 0.0.42."""
+
+    class Unreadable:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (a.cc:1)")
+
+    with pytest.raises(compiling.UnavailableError, match=r"'gvjax\[plan\]' brings"):
+        compiling._text(Unreadable())
 
 
 @pytest.mark.skipif(is_there("libtpu"), reason="libtpu is installed")
