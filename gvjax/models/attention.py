@@ -4,7 +4,7 @@ Everything takes queries `[B, S, H, hd]` and keys and values `[B, S, K, hd]` wit
 head h reads key head h // (H / K)).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -133,22 +133,24 @@ def cached_attention(
     )
     parts = [(_scores(split, keys, config), sees(slot_positions))]
     if prompts is not None:
-        of_prompt, in_prompt, places = prompts
-        each = len(queries) // len(of_prompt)
+        in_keys, in_values, places = prompts
+        each = len(queries) // len(in_keys)
         shape = split.shape[:-1]
-        scores = _scores(_by_prompt(split, each), of_prompt, config)
+        scores = _scores(_by_prompt(split, each), in_keys, config)
         seen = sees(jnp.repeat(places, each, axis=0))
         parts.append((_by_row(scores, shape, each), seen))
     scores = jnp.concatenate(
         [jnp.where(mask, part, MASKED) for part, mask in parts], axis=-1
     )
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    own = keys.shape[2]
-    out = _read(weights[..., :own], values)
-    if prompts is not None:
-        read = _read(_by_prompt(weights[..., own:], each), in_prompt)
-        out += _by_row(read, shape, each)
-    return blocked.ungrouped(out)
+    if prompts is None:
+        return blocked.ungrouped(_read(weights, values))
+    # Rounded once, when both are added.
+    of_own, of_prompt = jnp.split(weights, [keys.shape[2]], axis=-1)
+    out = _read(of_own, values, jnp.float32)
+    read = _read(_by_prompt(of_prompt, each), in_values, jnp.float32)
+    out += _by_row(read, shape, each)
+    return blocked.ungrouped(out.astype(values.dtype))
 
 
 def selected_attention(
@@ -214,8 +216,10 @@ def _scores(queries, keys, config: AttentionConfig) -> jax.Array:
     return blocked.capped(scores, config)[0]
 
 
-def _read(weights: jax.Array, values: jax.Array) -> jax.Array:
-    return jnp.einsum("bkgst,bktd->bkgsd", weights, values)
+def _read(weights: jax.Array, values: jax.Array, dtype: Any = None) -> jax.Array:
+    return jnp.einsum(
+        "bkgst,bktd->bkgsd", weights, values, preferred_element_type=dtype
+    )
 
 
 def _by_prompt(of_rows: jax.Array, each: int) -> jax.Array:

@@ -14,6 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from gvjax.models import blocked, layers
 from gvjax.models.attention import (
     AttentionConfig,
+    cached_attention,
     causal_attention,
     choose_kernel,
     selected_attention,
@@ -52,6 +53,44 @@ def test_a_few_positions_read_what_they_read_among_all(config):
     whole = causal_attention(queries, keys, values, config=config)
     expected = jnp.take_along_axis(whole, positions[:, :, None, None], axis=1)
     np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_that_read_a_prompt_together_read_what_each_would(dtype):
+    """Three prompts of up to 6 tokens, two rows each with 5 of their own; what is read of both is rounded once."""
+    rng = np.random.default_rng(1)
+
+    def drawn(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    queries = drawn(6, 1, 4, 16)
+    keys, values, in_keys, in_values = (
+        drawn(count, 2, length, 16) for count, length in [(6, 5)] * 2 + [(3, 6)] * 2
+    )
+    lengths = np.array([6, 2, 4])
+    places = np.where(np.arange(6) < lengths[:, None], np.arange(6), -1)
+    of_each = functools.partial(jnp.repeat, repeats=2, axis=0)
+    slots = of_each(lengths)[:, None] + np.arange(5)
+    attend = functools.partial(
+        cached_attention,
+        queries,
+        config=AttentionConfig(0.25),
+        positions=slots[:, 3:4],
+    )
+    together = attend(
+        keys, values, slot_positions=slots, prompts=(in_keys, in_values, places)
+    )
+    alone = attend(
+        jnp.concatenate([of_each(in_keys), keys], axis=2),
+        jnp.concatenate([of_each(in_values), values], axis=2),
+        slot_positions=jnp.concatenate([of_each(places), slots], axis=1),
+    )
+    assert together.dtype == dtype
+    np.testing.assert_allclose(
+        together.astype(jnp.float32), alone.astype(jnp.float32), rtol=1e-2, atol=1e-6
+    )
+    if dtype == jnp.bfloat16:
+        assert np.mean(np.asarray(together == alone)) > 0.9
 
 
 @pytest.mark.parametrize("length", [7, 300, 1030])
