@@ -462,13 +462,22 @@ class LlmJudge:
         allowed = self._max_failure_share * len(requests)
         example = ""
         stop = threading.Event()
+
+        def stop_after(future: concurrent.futures.Future[_Answer]) -> None:
+            # Said by the thread that met the error, before it takes the next request.
+            if not future.cancelled() and future.exception() is not None:
+                stop.set()
+
         with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
-            waiting = {
-                pool.submit(self._answer, name, request, stop): name
-                for name, request in requests.items()
-            }
+            waiting = {}
+            for name, request in requests.items():
+                future = pool.submit(self._answer, name, request, stop)
+                future.add_done_callback(stop_after)
+                waiting[future] = name
             try:
                 for future in concurrent.futures.as_completed(waiting):
+                    if isinstance(future.exception(), _Stopped):
+                        continue  # The error that stopped it comes too.
                     answer = future.result()
                     answers[waiting[future]] = answer
                     if answer.failure is not None:
@@ -641,7 +650,11 @@ class LlmJudge:
             if stop.wait(left):
                 break
         if stop.is_set():
-            raise JudgeError("judging was stopped")
+            raise _Stopped("judging was stopped")
+
+
+class _Stopped(JudgeError):
+    """Another request's error ended this one."""
 
 
 @dataclasses.dataclass(frozen=True)

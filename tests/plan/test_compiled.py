@@ -1,9 +1,9 @@
 """Programs really compiled for machines that are not there: TPUs where libtpu is installed, GPUs where JAX's CUDA plugin is.
 
-The golden peaks are those of libtpu 0.0.42.1 at O0; another version may need other ones:
-`python -m gvjax plan tests/plan/tiny.yaml --on v5e-4 --json` prints them.
+The golden peaks are at O0: `python -m gvjax plan tests/plan/tiny.yaml --on v5e-4 --json` prints them.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -23,14 +23,12 @@ TINY = "tests/plan/tiny.yaml"
 STUDY = "tests/plan/tiny_study.yaml"
 VOCABULARY, WIDTH = 768, 256
 
+PROGRAMS = "sample 64 x 2", "start", "train step", "sample 64 x 1", "score 64"
 PEAKS = {
-    "sample 64 x 2": 19_485_184,
-    "start": 6_839_296,
-    "train step": 60_027_392,
-    "sample 64 x 1": 18_399_744,
-    "score 64": 16_629_248,
+    "0.0.42": (19_485_184, 6_839_296, 60_027_392, 18_399_744, 16_629_248),
+    "0.0.50": (14_701_568, 6_839_296, 60_027_392, 14_141_440, 14_574_592),
 }
-"""Bytes per device on v5e-4."""
+"""Bytes per device on v5e-4 by version of libtpu: those that jax 0.10.2 and 0.12.0 ask for."""
 
 
 def is_there(module):
@@ -138,7 +136,7 @@ class TestTpu:
         (stage,) = tpu["stages"]
         assert tpu["fits"]
         assert stage["headroom"] == stage["usable"] - stage["peak"] > 0
-        assert set(programs_of(tpu)) == set(PEAKS)
+        assert set(programs_of(tpu)) == set(PROGRAMS)
 
     def test_that_it_need_not_recompute_is_told(self, tpu):
         (stage,) = tpu["stages"]
@@ -147,10 +145,14 @@ class TestTpu:
         assert stage["peak"] < peak <= stage["usable"]
         assert stage["remedies"] == []
 
-    @pytest.mark.parametrize("program", PEAKS)
+    @pytest.mark.parametrize("program", PROGRAMS)
     def test_peaks_are_those_known(self, tpu, program):
+        version = ".".join(importlib.metadata.version("libtpu").split(".")[:3])
+        if version not in PEAKS:
+            pytest.skip(f"what libtpu {version} says is not known")
         found = programs_of(tpu)[program]["peak"]
-        assert found == pytest.approx(PEAKS[program], rel=0.05)
+        known = dict(zip(PROGRAMS, PEAKS[version], strict=True))
+        assert found == pytest.approx(known[program], rel=0.05)
 
     def test_no_logits_are_gathered(self, tpu):
         no_logits_are_gathered(tpu)
