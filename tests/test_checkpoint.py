@@ -19,7 +19,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gvjax import checkpoint, sharding
+from gvjax import sharding
 from gvjax.checkpoint import (
     CheckpointError,
     CheckpointMismatch,
@@ -27,9 +27,9 @@ from gvjax.checkpoint import (
     ConfigMismatch,
     DirectoryError,
     digests,
-    json_hash,
     restore_params,
 )
+from gvjax.digests import json_hash
 from gvjax.types import TrainState
 
 RULES = [("kernel", P("fsdp", "tensor")), ("bias", P("fsdp"))]
@@ -208,7 +208,7 @@ def test_small_arrays_are_digested_on_the_host_as_large_ones_by_a_program(
     values = np.random.default_rng(0).integers(-3, 4, shape)
     state = {"x": jnp.asarray(values, dtype), "key": jax.random.key(3)}
     on_host = digests(state)
-    monkeypatch.setattr(checkpoint, "_ON_HOST", -1)
+    monkeypatch.setattr("gvjax.digests._ON_HOST", -1)
     assert digests(state) == on_host
 
 

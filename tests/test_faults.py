@@ -12,7 +12,8 @@ import yaml
 
 from gvjax import __main__ as command_line
 from gvjax import config, distributed, steps
-from gvjax.checkpoint import Checkpoints, json_hash
+from gvjax.checkpoint import Checkpoints
+from gvjax.digests import json_hash
 from gvjax.masked import Mean
 from gvjax.recipes import loop
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "gvjax"
 
 LAYERS = {
-    0: ["masked", "logps", "losses", "advantages", "tabular"],
+    0: ["masked", "logps", "losses", "advantages", "tabular", "digests"],
     1: ["types"],
     2: [
         "steps",
@@ -39,6 +39,7 @@ ALLOWED = {
     "losses": ARRAYS,
     "advantages": ARRAYS,
     "tabular": HOST | {"scipy"},
+    "digests": {"jax"} | HOST,
     "types": ARRAYS | {"optax"},
     "steps": ARRAYS | {"optax"},
     # optax: low-rank training says which parameters a transform may touch.

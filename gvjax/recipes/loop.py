@@ -20,10 +20,10 @@ from gvjax.checkpoint import (
     CheckpointError,
     Checkpoints,
     Restored,
-    json_hash,
     restore_params,
     versions,
 )
+from gvjax.digests import json_hash
 from gvjax.metrics import MetricsLog
 from gvjax.types import Metrics, Params, TrainState
 

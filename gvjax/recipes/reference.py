@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gvjax import checkpoint, distributed
+from gvjax.digests import json_hash
 from gvjax.recipes.ground import Ground
 from gvjax.recipes.programs import score_all
 from gvjax.types import Params, SequenceBatch
@@ -38,7 +39,7 @@ def key_of(ground: Ground, params: Params, batch: SequenceBatch, tokenizer: str)
     # How the same mathematics is run.
     for name in ("remat", "scan_layers"):
         del model[name]
-    return checkpoint.json_hash(
+    return json_hash(
         {
             "version": VERSION,
             "model": model,
