@@ -149,7 +149,7 @@ def test_the_compiler_agrees_on_matrix_products():
 def test_the_compiler_agrees_on_the_bytes_of_a_decode_step(
     kv_heads, rows, length, of_it
 ):
-    """XLA's own count for one token a row after a full cache, which is written in place: at most three tenths more.
+    """XLA's own count for one token a row after a full cache, which is written in place: about a quarter more at most.
 
     The rest is what stays in a chip's own memory or is small beside a real network: scores and probabilities, written
     and read again by softmax, activations, logits, and the slots that the new token takes.
@@ -177,7 +177,7 @@ def test_the_compiler_agrees_on_the_bytes_of_a_decode_step(
     )
     token = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
     program = decode.lower(params, token, token, cache).compile()
-    assert ours < program.cost_analysis()["bytes accessed"] < 1.3 * ours
+    assert ours < program.cost_analysis()["bytes accessed"] < 1.26 * ours
 
 
 def test_an_unknown_shape_is_refused():
