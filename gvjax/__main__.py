@@ -95,8 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.INFO if parsed.verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
-    from gvjax import commands, distributed
+    from gvjax import checkpoint, commands, distributed
 
+    if not parsed.verbose:
+        checkpoint.say_failures_once()
     # What was imported stays: no later collection need look at it.
     gc.freeze()
     code = _done(commands, parsed)

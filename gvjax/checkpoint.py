@@ -21,10 +21,12 @@ import importlib.metadata
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -677,6 +679,24 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding:
     # Left out, Orbax would look for the very devices that saved.
     sharding = getattr(leaf, "sharding", None)
     return sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def say_failures_once() -> None:
+    """Keeps Orbax' threads from printing, a traceback each, the error that a save then raises; for a program of its own.
+
+    A full disk would otherwise be said in a thousand lines, some of them after the one that tells what to do.
+    """
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    sys.unraisablehook = _say_unless_late
+
+
+def _say_unless_late(unraisable: Any) -> None:
+    """The unraisablehook: what other arrays have to say of a save that has failed finds nobody there."""
+    error = unraisable.exc_value
+    if isinstance(error, RuntimeError) and "Event loop is closed" in str(error):
+        logger.debug("after a failed save: %s", error)
+        return
+    sys.__unraisablehook__(unraisable)
 
 
 def _is_full_disk(error: BaseException | None) -> bool:

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 import gvjax
-from gvjax import distributed, lanes, runtime
+from gvjax import checkpoint, distributed, lanes, runtime
 from gvjax.gap.results import write_whole
 from gvjax.recipes.loop import PreemptedError
 
@@ -489,6 +489,7 @@ def _work(number, core, tasks, news, store, perform, together) -> None:
         os.sched_setaffinity(0, {core})
     # Where programs are kept is the leader's to say.
     runtime.configure(keep_programs=False, one_arena=False)
+    checkpoint.say_failures_once()
     share_compiled_programs(store)
     while True:
         # What is left by now, modules and compiled programs, stays: later collections need not look at it.
