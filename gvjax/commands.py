@@ -25,7 +25,7 @@ from gvjax.gap.gap import measure
 from gvjax.gap.judging import LabelsWanted
 from gvjax.gap.progress import check_together
 from gvjax.gap.stages import BusyError, StageError, code_fingerprint
-from gvjax.judges.llm import JudgeError
+from gvjax.judges.endpoint import JudgeError
 from gvjax.judges.verifier import VerifierError
 from gvjax.recipes import reward, single
 from gvjax.recipes.checks import SelfCheckError

@@ -17,7 +17,8 @@ from gvjax.gap.measurement import GapPlan, MeasuredScene
 from gvjax.gap.results import TaskResult
 from gvjax.gap.stages import Store
 from gvjax.judges import agreement, human
-from gvjax.judges.llm import Budget, Comparison, Endpoint, LlmJudge
+from gvjax.judges.endpoint import Budget, Endpoint
+from gvjax.judges.llm import Comparison, LlmJudge
 from gvjax.recipes import best_of_n, loop, single
 from gvjax.recipes.evaluation import evaluate_policy
 from gvjax.recipes.programs import reward_all

@@ -16,17 +16,16 @@ import time
 import numpy as np
 import pytest
 
-from gvjax.judges import llm
-from gvjax.judges.llm import (
+from gvjax.judges import cache, llm
+from gvjax.judges.endpoint import (
+    Account,
     Budget,
     BudgetError,
-    Comparison,
+    Client,
     Endpoint,
     JudgeError,
-    Judgement,
-    LlmJudge,
-    Template,
 )
+from gvjax.judges.llm import Comparison, Judgement, LlmJudge, Template
 
 KEY = "sk-secret-0123456789"
 SHOWN = re.compile(r"<first>(.*)</first><second>(.*)</second>", re.DOTALL)
@@ -297,12 +296,10 @@ def test_waits_grow_and_are_random():
         def wait(self, seconds):
             waits.append(seconds)
 
-    judge = LlmJudge.__new__(LlmJudge)
-    judge._endpoint = Endpoint(
-        "http://127.0.0.1/v1", "m", backoff=1.0, longest_wait=4.0
-    )
+    endpoint = Endpoint("http://127.0.0.1/v1", "m", backoff=1.0, longest_wait=4.0)
+    client = Client(endpoint, Account(Budget(), pathlib.Path("cache")))
     for attempt in (1, 2, 3, 4, 5):
-        judge._pause(attempt, None, Stop())
+        client._pause(attempt, None, Stop())
     for wait, longest in zip(waits, (1, 2, 4, 4, 4)):
         assert longest / 2 <= wait <= longest
     assert waits[3] != waits[4]
@@ -466,7 +463,9 @@ def test_the_key_is_sent_and_seen_nowhere(tmp_path, monkeypatch, caplog, capfd):
     for path in entries:
         assert KEY not in path.read_text()
         assert "uthorization" not in path.read_text()
-    shown = [str(raised.value), repr(judge), repr(judge._endpoint), repr(vars(judge))]
+    parts = [judge, judge._endpoint, judge._client, judge._account]
+    shown = [str(raised.value), *map(repr, parts)]
+    shown += [repr(vars(part)) for part in parts]
     assert not [
         text for text in [*shown, caplog.text, *capfd.readouterr()] if KEY in text
     ]
@@ -515,9 +514,9 @@ def test_the_first_process_to_write_wins(links, tmp_path, monkeypatch):
     path.parent.mkdir()
     one = {"answer": "one", "finish_reason": "stop"}
     two = {"answer": "two", "finish_reason": "stop"}
-    assert llm._keep(path, one) == one
-    kept = llm._keep(path, two)
-    assert kept == llm._kept(path) == (one if links else two)
+    assert cache.keep(path, one) == one
+    kept = cache.keep(path, two)
+    assert kept == cache.read(path) == (one if links else two)
     assert files(tmp_path) == [path]
 
 
