@@ -253,7 +253,8 @@ def _by_llm(
     said = asked(comparisons)
     first, second = said.orders
     if len(first):
-        itself = agreement.self_consistency(first, second)
+        prompts = _prompts(matches)[said.in_both]
+        itself = agreement.self_consistency(first, second, clusters=prompts)
         _note(measures, "answers the same in both orders", itself.agreement)
         _note(measures, "prefers what is shown first", itself.first)
     failed = ", ".join(f"{count} {kind}" for kind, count in said.failures.items())
@@ -274,9 +275,9 @@ def _by_people(
     name = config.gap_tasks(settings)[number].name.replace(":", "-")
     sheet = pathlib.Path(section.directory) / f"{name}.csv"
     key = pathlib.Path(settings.run_dir) / f"{name}-key.json"
+    pairs = [texts for match in matches for texts in match.texts()]
     if not key.exists():
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        pairs = [texts for match in matches for texts in match.texts()]
         with config.refusing("judge"):
             human.export_pairs(sheet, key, pairs, seed=settings.seeds[0])
         raise LabelsWanted(
@@ -284,17 +285,23 @@ def _by_people(
             " the same command again"
         )
     try:
-        labels = human.import_labels(sheet, key)
+        labels = human.import_labels(sheet, key, pairs, seed=settings.seeds[0])
     except (OSError, ValueError) as error:
         raise LabelsWanted(str(error)) from None
-    if len(labels.scores) != sum(len(match.gold) for match in matches):
-        raise config.ConfigError(
-            f"judge: {sheet} has {len(labels.scores)} comparisons, but this config asks for"
-            f" {sum(len(match.gold) for match in matches)}; choose another directory and run_dir, or the old values"
-        )
     shown_first = np.where(labels.a_was_first, labels.scores, 1 - labels.scores)
-    _note(measures, "prefers what is shown first", agreement.mean(shown_first))
+    _note(
+        measures,
+        "prefers what is shown first",
+        agreement.mean(shown_first, clusters=_prompts(matches)),
+    )
     return _split(labels.scores, matches)
+
+
+def _prompts(matches: Sequence[_Match]) -> np.ndarray:
+    """i[N], the prompt of each comparison: those of one prompt share the SFT policy's completion, and what is hard about it."""
+    numbers: dict[str, int] = {}
+    texts = [text for match in matches for text, _, _ in match.texts()]
+    return np.array([numbers.setdefault(text, len(numbers)) for text in texts])
 
 
 def _split(scores: np.ndarray, matches: Sequence[_Match]) -> list[Scores]:
@@ -313,31 +320,38 @@ def _trust(
     longer = np.concatenate([match.longer for match in matches])
     answered = np.isfinite(said)
     said, gold, longer = said[answered], gold[answered], longer[answered]
+    prompts = _prompts(matches)[answered]
     warnings = []
     itself = measures.get("answers the same in both orders")
     if itself is not None and itself[0] < SELF_AGREEMENT:
         warnings.append(
             f"The judge answers the same in both orders in only {itself[0]:.0%} of comparisons."
         )
-    with_gold = agreement.label_agreement(said, gold)
+    with_gold = agreement.label_agreement(said, gold, clusters=prompts)
     _note(measures, "agrees with the gold reward", with_gold.agreement)
     _note(measures, "agreement beyond chance (κ)", with_gold.kappa)
     decided = gold != 0.5
     if decided.any():
-        right = agreement.label_agreement(said[decided], gold[decided]).agreement
+        right = agreement.label_agreement(
+            said[decided], gold[decided], clusters=prompts[decided]
+        ).agreement
         _note(measures, "agrees where gold is no tie", right)
         if right.value < GOLD_AGREEMENT:
             warnings.append(
                 f"The judge agrees with the gold reward in only {right.value:.0%} of the comparisons that gold decides."
             )
-    effect = agreement.length_effect(said, longer)
+    effect = agreement.length_effect(said, longer, clusters=prompts)
     _note(measures, "log-odds for being longer", effect.coefficient)
     _note(measures, "winrate at equal length", effect.winrate)
-    bias = agreement.length_bias(said, gold, longer)
+    bias = agreement.length_bias(said, gold, longer, clusters=prompts)
     _note(measures, "the same, less gold's", bias)
     if bias.low is not None and bias.low > 0:
         warnings.append(
             f"The judge likes length more than the gold reward does: by {bias.value:.2f} log-odds per typical difference."
+        )
+    elif bias.reason == f"judge: {agreement.SEPARATED}":
+        warnings.append(
+            "Length decides every preference of the judge, and not every one of the gold reward."
         )
     return warnings
 

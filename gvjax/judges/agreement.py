@@ -1,8 +1,10 @@
 """How far a judge can be trusted: with itself, about length, and against labels; and a winrate corrected by labels.
 
-Every row is one comparison, scored 1 where completion a was preferred, 0 where b was and ½ for a tie, and rows are
-taken as independent: with several seeds or pairs of one prompt, average them first. Intervals use the normal
-quantile, so they want some thirty rows; with fewer they come out too narrow.
+Every row is one comparison, scored 1 where completion a was preferred, 0 where b was and ½ for a tie. Rows are taken as
+independent unless `clusters` says which depend on each other, such as those of one prompt: what rows of one cluster add to
+an estimate is then summed before it is squared (Liang and Zeger, 1986, https://doi.org/10.1093/biomet/73.1.13), and
+Student's quantile of as many clusters is taken. Else intervals use the normal quantile, so they want some thirty rows and a
+handful of the rarer answer; with fewer they come out too narrow, and where no two rows differ there is none.
 """
 
 import dataclasses
@@ -11,11 +13,12 @@ import statistics
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 
 Array = npt.NDArray[np.float64]
 
-_SEPARATED = 15.0
-"""Log-odds beyond which a fitted preference counts as certain: its odds are three million to one."""
+Clusters = npt.NDArray[np.int64] | None
+"""The number of each row's cluster, from 0 on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,11 @@ class SelfConsistency:
 
 
 def self_consistency(
-    a_first: npt.ArrayLike, b_first: npt.ArrayLike, *, level: float = 0.95
+    a_first: npt.ArrayLike,
+    b_first: npt.ArrayLike,
+    *,
+    level: float = 0.95,
+    clusters: npt.ArrayLike | None = None,
 ) -> SelfConsistency:
     """Swap agreement and place bias.
 
@@ -60,6 +67,7 @@ def self_consistency(
     Args:
       a_first, b_first: [N] in {0, ½, 1}, a's score when it was shown first, and when it was shown second.
       level: of the intervals.
+      clusters: [N], rows of one value depend on each other; None takes each row by itself.
 
     References:
       Zheng et al., 2023, https://arxiv.org/abs/2306.05685, section 3.4, on swapping positions.
@@ -67,8 +75,11 @@ def self_consistency(
     a_first, b_first = _scores("a_first", a_first), _scores("b_first", b_first)
     _same_length("a_first", a_first, "b_first", b_first)
     first = (a_first + 1 - b_first) / 2
+    numbers = _numbered(clusters, first.size)
     return SelfConsistency(
-        _share(a_first == b_first, level), mean(first, level), a_first.size
+        _share(a_first == b_first, level, numbers),
+        mean(first, level, clusters),
+        a_first.size,
     )
 
 
@@ -95,6 +106,7 @@ def length_effect(
     *,
     scale: float | None = None,
     level: float = 0.95,
+    clusters: npt.ArrayLike | None = None,
 ) -> LengthEffect:
     """Logistic regression of preference on length difference.
 
@@ -110,6 +122,7 @@ def length_effect(
       length_differences: [N], length of a minus length of b, in any unit.
       scale: > 0; None takes the root mean square of the differences, so that β is per typical difference.
       level: of the intervals.
+      clusters: [N], rows of one value depend on each other; None takes each row by itself.
 
     Returns:
       LengthEffect; estimates are NaN, with the reason, where lengths do not differ or decide every preference.
@@ -119,14 +132,15 @@ def length_effect(
       https://doi.org/10.1002/(SICI)1099-1255(199611)11:6<619::AID-JAE418>3.0.CO;2-1, on shares as outcomes.
     """
     y, x, scale = _regression_inputs(scores, length_differences, scale)
-    raw = mean(y, level)
+    raw = mean(y, level, clusters)
     try:
         (alpha, beta), influence = _logistic(y, x)
     except _NoFit as no_fit:
         none = Measured(math.nan, reason=str(no_fit))
         return LengthEffect(none, none, raw, scale)
-    errors = _standard_errors(influence)
-    z = _quantile(level)
+    numbers = _numbered(clusters, y.size)
+    errors = _standard_errors(influence, numbers)
+    z = _quantile(level, numbers)
     winrate = Measured(
         _sigmoid(alpha),
         _sigmoid(alpha - z * errors[0]),
@@ -143,6 +157,7 @@ def length_bias(
     *,
     scale: float | None = None,
     level: float = 0.95,
+    clusters: npt.ArrayLike | None = None,
 ) -> Measured:
     """How much more the judge likes length than the labels do: β of `length_effect` of the judge minus that of the labels.
 
@@ -151,19 +166,22 @@ def length_bias(
 
     Args:
       judge, labels: [N] in [0, 1], a's scores.
-      length_differences, scale, level: as in `length_effect`.
+      length_differences, scale, level, clusters: as in `length_effect`.
     """
-    fits = []
+    fits, reasons = [], []
     for name, scores in (("judge", judge), ("labels", labels)):
         y, x, _ = _regression_inputs(scores, length_differences, scale)
         try:
             fits.append(_logistic(y, x))
         except _NoFit as no_fit:
-            return Measured(math.nan, reason=f"{name}: {no_fit}")
+            reasons.append(f"{name}: {no_fit}")
+    if reasons:
+        return Measured(math.nan, reason="; ".join(reasons))
     (judge_fit, judge_influence), (label_fit, label_influence) = fits
     difference = float(judge_fit[1] - label_fit[1])
-    error = _standard_errors(judge_influence - label_influence)[1]
-    half = _quantile(level) * error
+    numbers = _numbered(clusters, len(judge_influence))
+    error = _standard_errors(judge_influence - label_influence, numbers)[1]
+    half = _quantile(level, numbers) * error
     return Measured(difference, difference - half, difference + half)
 
 
@@ -183,7 +201,11 @@ class LabelAgreement:
 
 
 def label_agreement(
-    judge: npt.ArrayLike, labels: npt.ArrayLike, *, level: float = 0.95
+    judge: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    *,
+    level: float = 0.95,
+    clusters: npt.ArrayLike | None = None,
 ) -> LabelAgreement:
     """Agreement with labels, raw and beyond chance, on who is preferred: a score above, at or below ½.
 
@@ -198,6 +220,7 @@ def label_agreement(
     Args:
       judge, labels: [N] in [0, 1], a's scores.
       level: of the intervals.
+      clusters: [N], rows of one value depend on each other; None takes each row by itself.
 
     References:
       Cohen, 1960, https://doi.org/10.1177/001316446002000104. Fleiss, Cohen and Everitt, 1969,
@@ -209,7 +232,8 @@ def label_agreement(
     judge_is = np.sign(judge - 0.5)[:, None] == categories
     label_is = np.sign(labels - 0.5)[:, None] == categories
     equal = (judge_is & label_is).any(1)
-    agreement = _share(equal, level)
+    numbers = _numbered(clusters, judge.size)
+    agreement = _share(equal, level, numbers)
     p, q = judge_is.mean(0), label_is.mean(0)
     observed, chance = float(equal.mean()), float(p @ q)
     if chance == 1:
@@ -219,12 +243,12 @@ def label_agreement(
     influence = (equal - observed) / (1 - chance) - (1 - observed) / (
         1 - chance
     ) ** 2 * (judge_is @ q + label_is @ p - 2 * chance)
-    half = _quantile(level) * math.sqrt(float((influence**2).mean()) / judge.size)
-    return LabelAgreement(
-        agreement,
-        Measured(kappa, max(-1.0, kappa - half), min(1.0, kappa + half)),
-        judge.size,
-    )
+    half = _quantile(level, numbers) * float(_error(influence, numbers))
+    if np.ptp(influence) < 1e-12:
+        beyond = Measured(kappa, reason="agreement is the same in every comparison")
+    else:
+        beyond = Measured(kappa, max(-1.0, kappa - half), min(1.0, kappa + half))
+    return LabelAgreement(agreement, beyond, judge.size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +343,10 @@ def _regression_inputs(
     return y, x / scale, scale
 
 
+SEPARATED = "length decides every preference"
+"""The reason of no fit where, at some difference of length, all preferences turn."""
+
+
 class _NoFit(Exception):
     """The regression has no finite answer; says why."""
 
@@ -329,6 +357,12 @@ def _logistic(y: Array, x: Array) -> tuple[Array, Array]:
         raise _NoFit(f"{y.size} comparisons do not tell two coefficients")
     if np.ptp(x) == 0:
         raise _NoFit("all length differences are the same")
+    above, below = x[y > 0], x[y < 1]
+    if not above.size or not below.size:
+        raise _NoFit("all preferences are the same")
+    if above.min() >= below.max() or below.min() >= above.max():
+        # Albert and Anderson, 1984, https://doi.org/10.1093/biomet/71.1.1: then, and only then, no finite answer is best.
+        raise _NoFit(SEPARATED)
     design = np.stack([np.ones_like(x), x], axis=1)
     weights: Array = np.zeros(2)
     loss = y.size * math.log(2)
@@ -345,10 +379,6 @@ def _logistic(y: Array, x: Array) -> tuple[Array, Array]:
                 break
             size /= 2
         weights, loss = weights + size * step, trial_loss
-        if np.abs(design @ weights).max() > _SEPARATED:
-            raise _NoFit(
-                "length decides every preference, or all preferences are the same"
-            )
         if np.abs(step).max() < 1e-10:
             break
     p = 1 / (1 + np.exp(-(design @ weights)))
@@ -357,22 +387,57 @@ def _logistic(y: Array, x: Array) -> tuple[Array, Array]:
     return weights, np.asarray(influence, np.float64)
 
 
-def _standard_errors(influence: Array) -> Array:
+def _standard_errors(influence: Array, clusters: Clusters) -> Array:
     """Of estimates with two parameters, from f64[N, 2] influences."""
     rows = influence.shape[0]
-    return np.sqrt((influence**2).sum(0) / rows / (rows - 2))
+    lost = rows if clusters is None else rows - 1
+    return _error(influence, clusters) * math.sqrt(lost / (rows - 2))
 
 
-def _share(hits: npt.NDArray[np.bool_], level: float) -> Measured:
-    """A share with Wilson's score interval.
+def _error(influence: Array, clusters: Clusters) -> Array:
+    """f64[...], the standard error of an estimate from the influence f64[N, ...] of each row on it."""
+    rows = influence.shape[0]
+    if clusters is None:
+        return np.sqrt((influence**2).mean(0) / rows)
+    count = int(clusters.max()) + 1
+    sums = np.zeros((count, *influence.shape[1:]))
+    np.add.at(sums, clusters, influence)
+    return np.sqrt((sums**2).sum(0) * count / (count - 1)) / rows
+
+
+def _numbered(clusters: npt.ArrayLike | None, rows: int) -> Clusters:
+    """The number of each row's cluster, from 0 on; None where there is one cluster alone, whose rows are all there is."""
+    if clusters is None:
+        return None
+    values = np.asarray(clusters)
+    if values.shape != (rows,):
+        raise ValueError(
+            f"clusters has shape {values.shape}, but there are {rows} rows"
+        )
+    numbers = np.unique(values, return_inverse=True)[1].astype(np.int64)
+    return numbers if numbers.max() else None
+
+
+def _share(
+    hits: npt.NDArray[np.bool_], level: float, clusters: Clusters = None
+) -> Measured:
+    """A share with Wilson's score interval; of clusters, for as many independent rows as would spread like them.
 
         (p̂ + z²/2n ± z √(p̂(1 − p̂)/n + z²/4n²)) / (1 + z²/n)
 
     References:
       Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953.
     """
-    n, z = hits.size, _quantile(level)
+    n, z = float(hits.size), _quantile(level, clusters)
     share = float(hits.mean())
+    if clusters is not None:
+        # Where all agree there is no spread to look at: each cluster counts as one row.
+        error = float(_error(hits.astype(np.float64) - share, clusters))
+        n = (
+            min(n, share * (1 - share) / error**2)
+            if 0 < share < 1
+            else float(clusters.max() + 1)
+        )
     centre = share + z**2 / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
@@ -382,19 +447,30 @@ def _share(hits: npt.NDArray[np.bool_], level: float) -> Measured:
     return Measured(share, low, high)
 
 
-def mean(values: npt.ArrayLike, level: float = 0.95) -> Measured:
-    """A mean with its normal interval; none with one value."""
+def mean(
+    values: npt.ArrayLike, level: float = 0.95, clusters: npt.ArrayLike | None = None
+) -> Measured:
+    """A mean with its interval; none where no two values differ."""
     values = np.asarray(values, np.float64)
+    numbers = _numbered(clusters, values.size)
     value = float(values.mean())
     if values.size < 2:
         return Measured(value, reason="one comparison")
-    half = _quantile(level) * float(values.std(ddof=1)) / math.sqrt(values.size)
+    if np.ptp(values) == 0:
+        return Measured(value, reason="no comparison differs from the others")
+    if numbers is None:
+        error = float(values.std(ddof=1)) / math.sqrt(values.size)
+    else:
+        error = float(_error(values - value, numbers))
+    half = _quantile(level, numbers) * error
     return Measured(value, value - half, value + half)
 
 
-def _quantile(level: float) -> float:
+def _quantile(level: float, clusters: Clusters = None) -> float:
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; it must lie between 0 and 1, e.g. 0.95")
+    if clusters is not None:
+        return float(special.stdtrit(int(clusters.max()), (1 + level) / 2))
     return statistics.NormalDist().inv_cdf((1 + level) / 2)
 
 

@@ -96,7 +96,9 @@ def export_pairs(
 def import_labels(
     sheet: str | os.PathLike[str],
     key: str | os.PathLike[str],
+    pairs: Sequence[tuple[str, str, str]],
     *,
+    seed: int,
     allow_ties: bool = True,
     allow_missing: bool = False,
 ) -> HumanLabels:
@@ -105,6 +107,7 @@ def import_labels(
     Args:
       sheet: the CSV; labels are first, second and tie, in any case, blanks around them ignored.
       key: what `export_pairs` wrote beside it.
+      pairs, seed: what it was given. Labels of other texts are refused, however many there are.
       allow_ties: whether tie is a label.
       allow_missing: whether rows may be gone or left empty; their scores are then NaN.
 
@@ -112,11 +115,17 @@ def import_labels(
       HumanLabels.
 
     Raises:
-      ValueError: a column is missing, an id is unknown or occurs twice, a label is no label, or a row has none; the
+      ValueError: the key is not one of these pairs, a column is missing, an id is unknown or occurs twice, a label is no label, or a row has none; the
         message names the rows.
     """
     sheet, key = pathlib.Path(sheet), pathlib.Path(key)
     entries = _read_key(key)
+    asked = [_row_id(seed, index, pair) for index, pair in enumerate(pairs)]
+    if asked != sorted(entries, key=lambda name: entries[name][0]):
+        raise ValueError(
+            f"{sheet} is of other pairs than these {len(asked)}: its {len(entries)} labels say nothing of them; move it and"
+            f" {key} away, and label a new sheet"
+        )
     names = ("first", "second", "tie") if allow_ties else ("first", "second")
     scores = np.full(len(entries), np.nan)
     seen: set[str] = set()

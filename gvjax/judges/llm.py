@@ -178,12 +178,19 @@ class Judgements:
         return np.array([judgement.score for judgement in self.judgements], np.float64)
 
     @property
+    def in_both(self) -> np.ndarray:
+        """bool[N], where both orders were asked and answered."""
+        return np.array(
+            [one.asked and not math.isnan(one.score) for one in self.judgements], bool
+        )
+
+    @property
     def orders(self) -> tuple[np.ndarray, np.ndarray]:
-        """f64[M] twice: a's score shown first, and shown second, where both were asked and answered."""
+        """f64[M] twice: a's score shown first, and shown second, `in_both`."""
         both = [
             (judgement.a_first, judgement.b_first)
-            for judgement in self.judgements
-            if judgement.asked and not math.isnan(judgement.score)
+            for judgement, answered in zip(self.judgements, self.in_both)
+            if answered
         ]
         a_first, b_first = np.array(both, np.float64).reshape(-1, 2).T
         return a_first, b_first

@@ -43,7 +43,8 @@ def test_self_consistency_by_hand():
 def test_a_judge_of_places():
     always_first = self_consistency(np.ones(40), np.zeros(40))
     assert always_first.agreement.value == 0 and always_first.agreement.low == 0
-    assert always_first.first == Measured(1.0, 1.0, 1.0)
+    assert always_first.first.value == 1.0 and always_first.first.low is None
+    assert "no comparison differs" in always_first.first.reason
     perfect = self_consistency(np.ones(40), np.ones(40))
     assert perfect.agreement.high == 1.0
     assert perfect.first.value == 0.5
@@ -87,9 +88,11 @@ def test_agreement_is_on_who_is_preferred():
 
 def test_kappa_at_its_ends():
     labels = np.tile([1.0, 0.0], 30)
-    assert label_agreement(labels, labels).kappa == Measured(1.0, 1.0, 1.0)
-    assert label_agreement(1 - labels, labels).kappa.value == -1.0
-    assert label_agreement(1 - labels, labels).kappa.low == -1.0
+    for judge, value in ((labels, 1.0), (1 - labels, -1.0)):
+        found = label_agreement(judge, labels).kappa
+        # Nothing tells how far off it could be; an interval without width would say that it cannot be.
+        reason = "agreement is the same in every comparison"
+        assert found == Measured(value, None, None, reason)
     few = np.array([1, 0, 1, 0, 1.0])
     assert label_agreement(few, [1, 0, 1, 0, 0]).kappa.high == 1.0
     assert label_agreement(1 - few, [1, 0, 1, 0, 0]).kappa.low == -1.0
@@ -230,6 +233,68 @@ def test_length_coverage():
                 covered(found.winrate, sigmoid(alpha)),
             )
         )
+    assert np.mean(hits, 0).min() >= 0.92 and np.mean(hits, 0).max() <= 0.98
+
+
+def test_a_long_completion_does_not_make_lengths_decide():
+    """Lengths have heavy tails: one row may be certain, and the fit is still there."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(20):
+        x = np.subtract(*rng.lognormal(5, 0.8, (2, 1000)))
+        scores = rng.random(1000) < sigmoid(3 * x / np.sqrt((x**2).mean()))
+        found.append(length_effect(scores, x).coefficient)
+    assert np.mean([covered(each, 3.0) for each in found]) >= 0.8
+    assert max(np.abs(each.value - 3) for each in found) < 1
+    overlap = length_effect([1, 0, 1, 0, 1, 0], [9, 9, 1, 1, -1, -9]).coefficient
+    assert np.isfinite(overlap.value)
+
+
+def test_rows_of_one_cluster_count_together():
+    """Copies of every row, said to belong together, change nothing but the correction for few clusters."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=400)
+    luck = rng.random((2, 400))
+    judge, labels = (luck < sigmoid(0.3 + x)).astype(float)
+    copied = {"clusters": np.tile(np.arange(400), 5)}
+
+    def widths(judge, labels, x, **options):
+        agreed = label_agreement(judge, labels, **options)
+        effect = length_effect(judge, x, **options)
+        itself = self_consistency(judge, labels, **options)
+        measured = (
+            agreed.agreement,
+            agreed.kappa,
+            effect.coefficient,
+            effect.winrate,
+            effect.raw_winrate,
+            length_bias(judge, labels, x, **options),
+            itself.agreement,
+            itself.first,
+        )
+        return np.array([each.high - each.low for each in measured])
+
+    once = widths(judge, labels, x)
+    together = widths(np.tile(judge, 5), np.tile(labels, 5), np.tile(x, 5), **copied)
+    apart = widths(np.tile(judge, 5), np.tile(labels, 5), np.tile(x, 5))
+    np.testing.assert_allclose(together, once, rtol=0.01)
+    np.testing.assert_allclose(apart, once / np.sqrt(5), rtol=0.02)
+    with pytest.raises(ValueError, match="clusters has shape"):
+        label_agreement(judge, labels, clusters=[1, 2])
+
+
+def test_coverage_of_clusters():
+    """Five arms share what is hard about a prompt: their rows overlap, and the intervals still cover."""
+    rng = np.random.default_rng(0)
+    hits = []
+    for _ in range(400):
+        hard = rng.normal(size=(60, 1))
+        shown = np.sqrt(0.7) * hard + np.sqrt(0.3) * rng.normal(size=(60, 5))
+        judge = (shown + rng.normal(size=(60, 5)) > 0).astype(float).ravel()
+        prompts = np.repeat(np.arange(60), 5)
+        raw = length_effect(judge, rng.normal(size=300), clusters=prompts).raw_winrate
+        itself = self_consistency(judge, np.ones(300), clusters=prompts).agreement
+        hits.append((covered(raw, 0.5), covered(itself, 0.5)))
     assert np.mean(hits, 0).min() >= 0.92 and np.mean(hits, 0).max() <= 0.98
 
 

@@ -29,6 +29,10 @@ def sheet(tmp_path):
     return tmp_path / "sheet.csv", tmp_path / "key.json"
 
 
+def labels_of(sheet, key, **options):
+    return import_labels(sheet, key, PAIRS, seed=1, **options)
+
+
 def filled(sheet, label):
     """The rows, labelled by `label(row)`."""
     rows = read(sheet)
@@ -44,7 +48,7 @@ def prefers_good(row):
 def test_round_trip(sheet):
     path, key = sheet
     write(path, filled(path, prefers_good))
-    labels = import_labels(path, key)
+    labels = labels_of(path, key)
     np.testing.assert_array_equal(labels.scores, np.ones(41))
     write(
         path,
@@ -52,7 +56,7 @@ def test_round_trip(sheet):
             path, lambda row: {"first": "second", "second": "first"}[prefers_good(row)]
         ),
     )
-    np.testing.assert_array_equal(import_labels(path, key).scores, np.zeros(41))
+    np.testing.assert_array_equal(labels_of(path, key).scores, np.zeros(41))
 
 
 def test_each_label_finds_its_pair(sheet):
@@ -71,7 +75,7 @@ def test_each_label_finds_its_pair(sheet):
 
     rows = filled(path, label)
     write(path, rows[::-1])
-    np.testing.assert_array_equal(import_labels(path, key).scores, asked)
+    np.testing.assert_array_equal(labels_of(path, key).scores, asked)
 
 
 def test_the_sheet_gives_nothing_away(sheet):
@@ -81,7 +85,7 @@ def test_the_sheet_gives_nothing_away(sheet):
     assert sorted(order) == list(range(41)) and order != sorted(order)
     shown_first = sum(row["first"].startswith("good") for row in rows)
     assert shown_first in (20, 21)
-    labels = import_labels(path, key, allow_missing=True)
+    labels = labels_of(path, key, allow_missing=True)
     assert labels.a_was_first.sum() == shown_first
     assert len({row["id"] for row in rows}) == 41
     assert {len(row["id"]) for row in rows} == {16}
@@ -94,7 +98,11 @@ def test_the_place_is_random_between_seeds(tmp_path):
     for seed in range(12):
         names = tmp_path / f"{seed}.csv", tmp_path / f"{seed}.json"
         export_pairs(*names, PAIRS[:1], seed=seed)
-        first.append(import_labels(*names, allow_missing=True).a_was_first[0])
+        first.append(
+            import_labels(*names, PAIRS[:1], seed=seed, allow_missing=True).a_was_first[
+                0
+            ]
+        )
     assert 2 <= sum(first) <= 10
 
 
@@ -104,7 +112,7 @@ def test_a_seed_draws_the_same_again(sheet, tmp_path):
     assert (tmp_path / "again.csv").read_bytes() == path.read_bytes()
     export_pairs(tmp_path / "other.csv", tmp_path / "other.json", PAIRS, seed=2)
     with pytest.raises(ValueError, match="id is not in the key file"):
-        import_labels(tmp_path / "other.csv", key)
+        labels_of(tmp_path / "other.csv", key)
 
 
 def test_any_text_survives(tmp_path):
@@ -118,7 +126,7 @@ def test_any_text_survives(tmp_path):
     pairs = [(text, f"a{text}", f"b{text}") for text in texts]
     names = tmp_path / "sheet.csv", tmp_path / "key.json"
     export_pairs(*names, pairs, seed=0)
-    labels = import_labels(*names, allow_missing=True)
+    labels = import_labels(*names, pairs, seed=0, allow_missing=True)
     assert np.isnan(labels.scores).all()
     before = csv.field_size_limit(10**6)
     try:
@@ -172,7 +180,7 @@ def test_strict(sheet, change, message):
     change(rows)
     write(path, rows)
     with pytest.raises(ValueError, match=message):
-        import_labels(path, key)
+        labels_of(path, key)
 
 
 def test_parts_of_a_sheet(sheet):
@@ -181,21 +189,37 @@ def test_parts_of_a_sheet(sheet):
     gone = {int(row["prompt"].split()[1]) for row in (rows[0], rows[5])}
     rows[5]["preferred"] = ""
     write(path, rows[1:])
-    labels = import_labels(path, key, allow_missing=True)
+    labels = labels_of(path, key, allow_missing=True)
     assert set(np.flatnonzero(np.isnan(labels.scores))) == gone
     assert np.nansum(labels.scores) == 39
     rows[7]["preferred"] = "?"
     write(path, rows)
     with pytest.raises(ValueError, match="label is none of"):
-        import_labels(path, key, allow_missing=True)
+        labels_of(path, key, allow_missing=True)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "seed"),
+    [
+        ([*PAIRS[:-1], ("task 40", "good 40", "another")], 1),
+        ([PAIRS[1], PAIRS[0], *PAIRS[2:]], 1),
+        (PAIRS[:-1], 1),
+        (PAIRS, 2),
+    ],
+)
+def test_labels_of_other_pairs_are_refused_however_many(sheet, pairs, seed):
+    path, key = sheet
+    write(path, filled(path, prefers_good))
+    with pytest.raises(ValueError, match=r"other pairs.*41 labels say nothing"):
+        import_labels(path, key, pairs, seed=seed)
 
 
 def test_ties_can_be_ruled_out(sheet):
     path, key = sheet
     write(path, filled(path, lambda row: "tie"))
-    np.testing.assert_array_equal(import_labels(path, key).scores, np.full(41, 0.5))
+    np.testing.assert_array_equal(labels_of(path, key).scores, np.full(41, 0.5))
     with pytest.raises(ValueError, match="none of first, second"):
-        import_labels(path, key, allow_ties=False)
+        labels_of(path, key, allow_ties=False)
 
 
 def test_other_files_are_refused(sheet, tmp_path):
@@ -203,16 +227,16 @@ def test_other_files_are_refused(sheet, tmp_path):
     rows = filled(path, prefers_good)
     write(path, rows, delimiter=";")
     with pytest.raises(ValueError, match="comma-separated"):
-        import_labels(path, key)
+        labels_of(path, key)
     write(path, rows, columns=("id", "prompt"))
     with pytest.raises(ValueError, match="'preferred'"):
-        import_labels(path, key)
+        labels_of(path, key)
     path.write_bytes("id,preferred\né,first\n".encode("latin-1"))
     with pytest.raises(ValueError, match="UTF-8"):
-        import_labels(path, key)
+        labels_of(path, key)
     path.write_text('id,preferred\n"a"b,first\n')
     with pytest.raises(ValueError, match="no CSV"):
-        import_labels(path, key)
+        labels_of(path, key)
     whole = json.loads(key.read_text())
     name = next(iter(whole["rows"]))
     twice = {**whole["rows"], name: {"pair": 1, "swapped": False}}
@@ -224,4 +248,4 @@ def test_other_files_are_refused(sheet, tmp_path):
     ):
         key.write_text(json.dumps(value))
         with pytest.raises(ValueError, match=message):
-            import_labels(path, key)
+            labels_of(path, key)
