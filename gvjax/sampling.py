@@ -4,7 +4,9 @@ Everything here is a pure function of arrays that may stand inside a larger jitt
 be one program.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from gvjax.types import DecodeFn, Params, Rollouts
+from gvjax.types import DecodeFn, EosId, Params, Rollouts
 
 
 def generate(
@@ -25,7 +27,7 @@ def generate(
     *,
     max_new_tokens: int,
     num_samples: int = 1,
-    eos_id: int | None = None,
+    eos_id: EosId | None = None,
     pad_id: int = 0,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -52,7 +54,8 @@ def generate(
       key: consumed.
       max_new_tokens: C, completions are cut there.
       num_samples: k, completions per prompt.
-      eos_id: the token that ends a completion and belongs to it; None: every completion has C tokens.
+      eos_id: the token that ends a completion and belongs to it, or several of which each does; None: every completion
+        has C tokens.
       pad_id: what stands after completions; may be the EOS's id.
       temperature: logits are divided by it; 0 takes the likeliest token.
       top_k: keep the k likeliest tokens (and what ties with the last of them).
@@ -151,7 +154,7 @@ def generate(
             else None,
         }
         if eos_id is not None:
-            live = live & (token != eos_id)
+            live = live & ~is_eos(token, eos_id)
         return {**some, "out": out, "token": token, "live": live}
 
     def drawn(step, stop, fewest, some, before):
@@ -237,9 +240,15 @@ def generate(
     )
 
 
-def truncated(rollouts: Rollouts, eos_id: int) -> jax.Array:
+def is_eos(tokens: Any, eos_id: EosId) -> Any:
+    """bool of the shape of `tokens`, of numpy's or of JAX' kind: which of them end a completion."""
+    ids = eos_id if isinstance(eos_id, tuple) else (eos_id,)
+    return functools.reduce(operator.or_, [tokens == each for each in ids])
+
+
+def truncated(rollouts: Rollouts, eos_id: EosId) -> jax.Array:
     """bool[B]: completions that were cut before their EOS."""
-    ended = rollouts.completion_mask & (rollouts.tokens == eos_id)
+    ended = rollouts.completion_mask & is_eos(rollouts.tokens, eos_id)
     return ~jnp.any(ended, axis=1)
 
 

@@ -17,6 +17,9 @@ from gvjax.masked import Max, Mean, Min
 Params = Any
 """A pytree of arrays."""
 
+EosId = int | tuple[int, ...]
+"""The token that ends a completion, or several of which each does."""
+
 
 @dataclass_transform(frozen_default=True)
 def _pytree(cls):

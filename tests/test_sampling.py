@@ -126,6 +126,23 @@ def test_layout_is_prompt_completion_padding(rollouts):
     assert counts.min() < 6 and counts.max() == 6, "the seed shows both kinds"
 
 
+def test_any_of_several_eos_tokens_ends_a_completion(params):
+    """As chat models have them: one for texts and one for turns. Up to its end each row is the one that never ends."""
+    ends = (EOS, 3)
+    drawn = sample(params, eos_id=ends, key=1)
+    endless = sample(params, eos_id=None, key=1)
+    seen = set()
+    for row, length in enumerate(np.repeat(LENGTHS, 2)):
+        (places,) = np.nonzero(drawn.completion_mask[row])
+        completion = np.asarray(drawn.tokens)[row, places]
+        np.testing.assert_array_equal(completion, endless.tokens[row, places])
+        assert not np.isin(completion[:-1], ends).any()
+        cut = bool(sampling.truncated(drawn, ends)[row])
+        assert cut == (completion[-1] not in ends) == (len(completion) == 6 and cut)
+        seen.add(int(completion[-1]) if not cut else "cut")
+    assert seen >= set(ends), "the seed shows both"
+
+
 def test_padding_that_looks_like_the_eos_changes_nothing():
     rollouts = sample(TABLE)
     same = sample(TABLE, pad_id=EOS)

@@ -10,6 +10,7 @@ import numpy as np
 from gvjax import config, distributed, sharding
 from gvjax.recipes.ground import Ground
 from gvjax.recipes.programs import reward_scorer, scorer
+from gvjax.sampling import is_eos
 from gvjax.types import Params, PreferenceBatch, Rollouts, SequenceBatch
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
@@ -99,7 +100,7 @@ def check_endings(
         )
     if ground.eos_id is None:
         return
-    lengths, ends = mask.sum(axis=1), mask & (tokens == ground.eos_id)
+    lengths, ends = mask.sum(axis=1), mask & is_eos(tokens, ground.eos_id)
     last = mask & (np.cumsum(mask, axis=1) == lengths[:, None])
     ended = (ends & last).any(axis=1)
     cut_off = ~ends.any(axis=1) & (lengths >= ground.completion_length)

@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from gvjax.tasks.task import Completions, Prompts, Split, check_split
+from gvjax.types import EosId
 
 Judge = Callable[["RowPrompts", Completions, "Dataset"], np.ndarray]
 """`(prompts, completions, dataset) -> f32[N]`: a gold reward."""
@@ -94,8 +95,10 @@ class Dataset:
         return self.tokenizer.pad_id
 
     @property
-    def eos_id(self) -> int:
-        return self.tokenizer.eos_id
+    def eos_id(self) -> EosId:
+        """Every token at which generation stops: a chat template may end a turn with another one than `eos_token`."""
+        several = tuple(sorted(self.tokenizer.eos_ids))
+        return several if len(several) > 1 else several[0]
 
     @property
     def has_pairs(self) -> bool:

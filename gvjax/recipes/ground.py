@@ -27,6 +27,7 @@ from gvjax.models.lora import LoraConfig
 from gvjax.models.platforms import traits
 from gvjax.tasks.task import Task
 from gvjax.types import (
+    EosId,
     LogpsFn,
     Metrics,
     Params,
@@ -56,7 +57,7 @@ class Ground:
     Attributes:
       model: the network, of policies and of reward models' trunks.
       mesh: the devices.
-      eos_id: the token that ends a completion, or None where all have `completion_length` tokens.
+      eos_id: the token that ends a completion, or several of which each does; None where all have `completion_length` tokens.
       pad_id: what stands behind completions.
       prompt_length, completion_length: the longest of each, in tokens.
       checkpoint: weights of transformers that policies start from; None starts from random ones.
@@ -74,7 +75,7 @@ class Ground:
 
     model: ModelConfig
     mesh: Mesh
-    eos_id: int | None
+    eos_id: EosId | None
     pad_id: int
     prompt_length: int
     completion_length: int

@@ -18,7 +18,7 @@ from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.policy_gradient import rollout_metrics
 from gvjax.recipes.rounds import Sampler, Sampling
-from gvjax.types import Metrics, PreferenceBatch, Rollouts, SequenceBatch
+from gvjax.types import EosId, Metrics, PreferenceBatch, Rollouts, SequenceBatch
 
 
 def train(
@@ -84,7 +84,7 @@ def round_metrics(
     batch: PreferenceBatch,
     metrics: Metrics,
     settings: config.OnlineDpoSection,
-    eos_id: int | None,
+    eos_id: EosId | None,
 ) -> Metrics:
     """TRL's numbers about a round, those about the KL over the completions of the pairs, which alone are scored.
 
@@ -93,7 +93,7 @@ def round_metrics(
       batch: the pairs that were learned from.
       metrics: of the step.
       settings: β and the group size.
-      eos_id: of the EOS token, or None.
+      eos_id: of the EOS token, or tokens, or None.
     """
     scores = jnp.mean(rollouts.scored())
     # The implicit rewards are β times the log-ratios.

@@ -12,7 +12,8 @@ from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.programs import scorer
 from gvjax.recipes.rounds import Sampler, Sampling
-from gvjax.types import PolicyBatch, Rollouts, SequenceBatch
+from gvjax.sampling import truncated
+from gvjax.types import EosId, PolicyBatch, Rollouts, SequenceBatch
 
 KL_ESTIMATORS = {"k1": logps.kl_k1, "k2": logps.kl_k2, "k3": logps.kl_k3}
 
@@ -79,7 +80,7 @@ def rollout_metrics(
     ref_logps: jax.Array | None,
     *,
     group_size: int,
-    eos_id: int | None,
+    eos_id: EosId | None,
 ) -> dict[str, jax.Array]:
     """TRL's numbers about a round: rewards, their spread within groups, lengths, and the sequence KL (k1).
 
@@ -87,7 +88,7 @@ def rollout_metrics(
       rollouts: with rewards.
       ref_logps: f32[B, T]; None leaves the KL out.
       group_size: completions per prompt.
-      eos_id: of the EOS token; None, where a task has none, leaves out who ended by it and who was cut off.
+      eos_id: of the EOS token, or tokens; None, where a task has none, leaves out who ended by it and who was cut off.
     """
     mask = rollouts.completion_mask
     groups = rollouts.scored().reshape(-1, group_size)
@@ -108,7 +109,7 @@ def rollout_metrics(
         log_ratios = masked.sum(rollouts.logps - ref_logps, mask, axis=1)
         numbers["objective/kl"] = jnp.mean(log_ratios)
     if eos_id is not None:
-        ended = jnp.any(mask & (rollouts.tokens == eos_id), axis=1)
+        ended = ~truncated(rollouts, eos_id)
         some = jnp.any(ended)
         shortest = jnp.min(jnp.where(ended, lengths, jnp.inf))
         numbers |= {

@@ -13,6 +13,7 @@ from gvjax.recipes.loop import Clock
 from gvjax.recipes.programs import sampler
 from gvjax.recipes.rewards import make_sources, summed
 from gvjax.recipes.rows import role_key
+from gvjax.sampling import truncated
 from gvjax.tasks.task import Prompts
 from gvjax.types import Metrics, Params, Rollouts
 
@@ -78,9 +79,9 @@ class Sampler:
             if (error_share := self._sources[name].error_share) is not None:
                 numbers["verifier/error_share"] = jnp.asarray(error_share())
         if self._plan.missing_eos_penalty:
-            eos = self._inputs.ground.eos_id
-            ended = rollouts.completion_mask & (rollouts.tokens == eos)
-            cut = ~ended.any(axis=1)
+            eos_id = self._inputs.ground.eos_id
+            assert eos_id is not None, "settings that penalise a missing EOS were let in"
+            cut = truncated(rollouts, eos_id)
             rewards = rewards - self._plan.missing_eos_penalty * cut
         if isinstance(rewards, np.ndarray):
             rewards = self._inputs.ground.put(rewards.astype(np.float32))

@@ -11,6 +11,8 @@ from typing import Literal, Protocol, Self, get_args
 
 import numpy as np
 
+from gvjax.types import EosId
+
 Split = Literal["train", "validation", "test"]
 _NUM_BUCKETS = 10
 _FIRST_BUCKET = {"train": 0, "validation": 8, "test": 9}
@@ -89,7 +91,7 @@ class Task(Protocol):
       name: short, for reports.
       vocab_size: ids are 0 .. vocab_size - 1.
       pad_id: what stands behind the end of a row; no sampled token should be this.
-      eos_id: the token that ends a completion, or None where all completions have `max_completion_length` tokens.
+      eos_id: the token that ends a completion, or several of which each does; None where all completions have `max_completion_length` tokens.
       max_prompt_length, max_completion_length: in tokens, the EOS counted.
       reward_range: (low, high), bounds of the gold reward; None where there is no gold reward to ask for.
 
@@ -105,7 +107,7 @@ class Task(Protocol):
     @property
     def pad_id(self) -> int: ...
     @property
-    def eos_id(self) -> int | None: ...
+    def eos_id(self) -> EosId | None: ...
     @property
     def max_prompt_length(self) -> int: ...
     @property
