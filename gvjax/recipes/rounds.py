@@ -80,7 +80,9 @@ class Sampler:
                 numbers["verifier/error_share"] = jnp.asarray(error_share())
         if self._plan.missing_eos_penalty:
             eos_id = self._inputs.ground.eos_id
-            assert eos_id is not None, "settings that penalise a missing EOS were let in"
+            assert eos_id is not None, (
+                "settings that penalise a missing EOS were let in"
+            )
             cut = truncated(rollouts, eos_id)
             rewards = rewards - self._plan.missing_eos_penalty * cut
         if isinstance(rewards, np.ndarray):
