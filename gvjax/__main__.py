@@ -110,15 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _done(commands, parsed: argparse.Namespace) -> int:
     """The exit code of a command, errors said on stderr."""
-    from gvjax import checkpoint, config
-
     try:
         return getattr(commands, _FUNCTIONS.get(parsed.verb, parsed.verb))(parsed)
-    except (
-        config.ConfigError,
-        checkpoint.CheckpointMismatch,
-        checkpoint.DirectoryError,
-    ) as error:
+    except commands.REFUSED as error:
         print(f"gvjax {parsed.verb}: {error}", file=sys.stderr)
         return CONFIG_ERROR
     except commands.EXPECTED as error:

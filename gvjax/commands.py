@@ -18,14 +18,14 @@ from rich.table import Table
 from scipy import special
 
 from gvjax import config, distributed, metrics
-from gvjax.checkpoint import CheckpointError
+from gvjax.checkpoint import CheckpointError, CheckpointMismatch, DirectoryError
 from gvjax.gap import statistics
 from gvjax.gap.compare import compare as compare_roads
 from gvjax.gap.gap import measure
 from gvjax.gap.judging import LabelsWanted
 from gvjax.gap.progress import check_together
 from gvjax.gap.stages import BusyError, StageError, code_fingerprint
-from gvjax.judges.endpoint import JudgeError
+from gvjax.judges.endpoint import BudgetError, JudgeError
 from gvjax.judges.verifier import VerifierError
 from gvjax.recipes import reward, single
 from gvjax.recipes.checks import SelfCheckError
@@ -46,6 +46,14 @@ EXPECTED = (
     VerifierError,
 )
 """Errors whose message says all; a traceback would hide it."""
+
+REFUSED = (
+    config.ConfigError,
+    CheckpointMismatch,
+    DirectoryError,
+    BudgetError,
+)
+"""The same, where starting again changes nothing: what restarts a program must leave it."""
 
 
 def compare(arguments: argparse.Namespace) -> int:

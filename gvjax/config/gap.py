@@ -238,7 +238,8 @@ class LlmJudgeSection(Section):
       base_url: up to and without `/chat/completions`.
       model: as the endpoint names it.
       key_variable: name of the environment variable that holds the key; null sends none.
-      calls: requests that may be sent in all, retries included.
+      options: further fields of each request; models that reason may want other names and values.
+      calls: requests that may be sent in all, retries and earlier starts included.
       timeout: seconds without a word before a request is given up.
       max_failure_share: more requests than this without a usable answer stop the judging.
     """
@@ -247,6 +248,10 @@ class LlmJudgeSection(Section):
     base_url: str
     model: str
     key_variable: str | None = None
+    options: dict[str, bool | int | float | str | None] = {
+        "temperature": 0,
+        "max_tokens": 256,
+    }
     calls: Count = 20_000
     timeout: Positive = 60.0
     max_failure_share: Annotated[float, Field(ge=0, le=1)] = 0.05

@@ -28,6 +28,11 @@ def final_number(text: str) -> str | None:
     return _canonical(found[-1]) if found else None
 
 
+def is_answer(answer: str) -> bool:
+    """Whether there is a number in it, so that a completion can be right."""
+    return canonical_number(answer) is not None
+
+
 def is_right(completion: str, answer: str) -> bool:
     """Whether the number that a completion ends with is the answer."""
     found = final_number(completion)

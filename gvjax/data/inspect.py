@@ -159,14 +159,11 @@ class Statistics:
     faults: FaultReport
 
 
-def _key(text: schema.Text) -> str:
-    # Case and spacing do not make a prompt another prompt.
-    return " ".join(schema.plain(text).lower().split())
-
-
 def _texts(row: schema.Row) -> tuple[str, ...]:
     names = ("prompt", "completion", "chosen", "rejected")
-    return tuple(_key(getattr(row, name)) for name in names if hasattr(row, name))
+    return tuple(
+        schema.gist(getattr(row, name)) for name in names if hasattr(row, name)
+    )
 
 
 def statistics(

@@ -195,6 +195,15 @@ VERIFIERS: Mapping[str, tuple[Callable[[str, Item], bool], tuple[str, ...]]] = {
 """Task -> (verifier, what of an item it needs)."""
 
 
+def is_answer(answer: str) -> bool:
+    """Whether it is the record of a puzzle that there is a verifier for."""
+    try:
+        known = json.loads(answer)
+    except ValueError:
+        return False
+    return isinstance(known, dict) and known.get("task") in VERIFIERS
+
+
 def is_right(completion: str, answer: str) -> bool:
     """Whether a completion solves the item whose row has this `answer`."""
     known = json.loads(answer)

@@ -133,6 +133,11 @@ def is_conversation(text: Text) -> bool:
     return not isinstance(text, str)
 
 
+def gist(text: Text) -> str:
+    """What makes a prompt the same prompt: its words, whatever their case and spacing."""
+    return " ".join(plain(text).lower().split())
+
+
 def plain(text: Text) -> str:
     """str: the words of a text, turns separated by a blank line; for comparing and showing, not for training."""
     if isinstance(text, str):

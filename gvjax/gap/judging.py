@@ -227,16 +227,19 @@ def _by_reward_model(
 
 
 def _llm(settings: config.GapConfig, section: config.LlmJudgeSection) -> LlmJudge:
+    cache = pathlib.Path(settings.run_dir) / "judgements"
     with config.refusing("judge"):
         return LlmJudge(
             Endpoint(
                 section.base_url,
                 section.model,
                 key_variable=section.key_variable,
+                options=section.options,
                 timeout=section.timeout,
             ),
-            cache=pathlib.Path(settings.run_dir) / "judgements",
+            cache=cache,
             budget=Budget(calls=section.calls),
+            ledger=cache / "spent.json",
             max_failure_share=section.max_failure_share,
         )
 
@@ -345,7 +348,7 @@ def _trust(
     _note(measures, "winrate at equal length", effect.winrate)
     bias = agreement.length_bias(said, gold, longer, clusters=prompts)
     _note(measures, "the same, less gold's", bias)
-    if bias.low is not None and bias.low > 0:
+    if agreement.likes_length(effect, bias):
         warnings.append(
             f"The judge likes length more than the gold reward does: by {bias.value:.2f} log-odds per typical difference."
         )

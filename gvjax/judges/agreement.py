@@ -185,6 +185,20 @@ def length_bias(
     return Measured(difference, difference - half, difference + half)
 
 
+def likes_length(effect: LengthEffect, bias: Measured) -> bool:
+    """Whether a judge is shown to like length for its own sake: both its β and the bias lie above 0.
+
+    The bias alone does not say so. Errors at random draw β towards 0: where labels prefer the shorter one, a judge that
+    errs has a β nearer to 0 than theirs, hence above it, and does not like length.
+
+    Args:
+      effect: `length_effect` of the judge.
+      bias: its `length_bias`.
+    """
+    ends = (effect.coefficient.low, bias.low)
+    return all(end is not None and end > 0 for end in ends)
+
+
 @dataclasses.dataclass(frozen=True)
 class LabelAgreement:
     """A judge against labels of the same comparisons.

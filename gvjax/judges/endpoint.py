@@ -161,11 +161,18 @@ class Account:
       spent: so far.
     """
 
-    def __init__(self, budget: Budget, kept_in: pathlib.Path):
-        """Args: the most it may spend; where answers are kept, for what an error says.
+    def __init__(
+        self, budget: Budget, kept_in: pathlib.Path, ledger: pathlib.Path | None = None
+    ):
+        """Opens it.
+
+        Args:
+          budget: the most it may spend.
+          kept_in: where answers are kept, for what an error says.
+          ledger: where it is written down what was spent; accounts of one ledger, one after the other, share the budget.
 
         Raises:
-          ValueError: the budget is negative.
+          ValueError: the budget is negative, or the ledger is damaged.
         """
         for name, most in dataclasses.asdict(budget).items():
             if most is not None and most < 0:
@@ -175,6 +182,8 @@ class Account:
         self.spent = Spent()
         self._budget = budget
         self._kept_in = kept_in
+        self._ledger = ledger
+        self._before = Spent() if ledger is None else _read_ledger(ledger)
         self._lock = threading.Lock()
 
     def charge_cached(self) -> None:
@@ -189,16 +198,18 @@ class Account:
           BudgetError: there is nothing left for it.
         """
         with self._lock:
+            in_all = self._in_all()
             for name, most, spent in (
-                ("calls", self._budget.calls, self.spent.calls),
-                ("tokens", self._budget.tokens, self.spent.tokens),
+                ("calls", self._budget.calls, in_all.calls),
+                ("tokens", self._budget.tokens, in_all.tokens),
             ):
                 if most is not None and spent >= most:
                     raise BudgetError(
-                        f"the budget of {most} {name} is spent ({self.spent.calls} calls, {self.spent.tokens} tokens)."
-                        f" The answers so far are kept in {self._kept_in}; a judge with a larger budget goes on from them"
+                        f"the budget of {most} {name} is spent ({in_all.calls} calls, {in_all.tokens} tokens). The answers"
+                        f" so far are kept in {self._kept_in}; a judge with a larger budget goes on from them"
                     )
             self.spent = dataclasses.replace(self.spent, calls=self.spent.calls + 1)
+            self._write_down()
 
     def charge_tokens(self, request: dict[str, Any], reply: dict[str, Any]) -> None:
         """What a reply says that it took."""
@@ -215,6 +226,37 @@ class Account:
                 prompt_tokens=self.spent.prompt_tokens + prompt,
                 answer_tokens=self.spent.answer_tokens + answer,
             )
+            self._write_down()
+
+    def _in_all(self) -> Spent:
+        """With what accounts of the same ledger spent before."""
+        return Spent(
+            *(
+                getattr(self._before, field.name) + getattr(self.spent, field.name)
+                for field in dataclasses.fields(Spent)
+            )
+        )
+
+    def _write_down(self) -> None:
+        if self._ledger is None:
+            return
+        partial = self._ledger.with_name(self._ledger.name + ".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(self._in_all())) + "\n")
+        partial.replace(self._ledger)
+
+
+def _read_ledger(path: pathlib.Path) -> Spent:
+    if not path.exists():
+        return Spent()
+    try:
+        return Spent(
+            **{name: int(n) for name, n in json.loads(path.read_text()).items()}
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}, where it is written down what judging has cost, is damaged ({error}); write"
+            ' {"calls": 0} into it, with the number that your bill shows'
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -212,6 +212,7 @@ class LlmJudge:
         *,
         cache: str | os.PathLike[str],
         budget: Budget,
+        ledger: str | os.PathLike[str] | None = None,
         template: Template = HELPFULNESS,
         max_failure_share: float = 0.05,
         workers: int = 8,
@@ -222,6 +223,8 @@ class LlmJudge:
           endpoint: where the judge is.
           cache: folder of kept answers; made if missing.
           budget: the most this judge may spend.
+          ledger: a file where it is written down what was spent: judges with the same one, one after the other, share the
+            budget. None: each judge has it for itself.
           template: what is asked.
           max_failure_share: in [0, 1]; a batch in which more of the requests than this stay without a usable answer
             raises.
@@ -238,7 +241,9 @@ class LlmJudge:
             raise ValueError(f"workers is {workers}; at least one must ask")
         self._endpoint = endpoint
         self._cache = pathlib.Path(cache)
-        self._account = Account(budget, self._cache)
+        self._account = Account(
+            budget, self._cache, None if ledger is None else pathlib.Path(ledger)
+        )
         self._client = Client(endpoint, self._account)
         self._template = template
         self._max_failure_share = max_failure_share

@@ -56,6 +56,13 @@ class Table:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def take(self, rows: np.ndarray) -> "Table":
+        return Table(
+            self.prompts.take(rows),
+            tuple(each.take(rows) for each in self.completions),
+            tuple(self.answers[row] for row in rows),
+        )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:

@@ -7,8 +7,8 @@ import json
 import logging
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -88,6 +88,9 @@ def encoding_of(section: config.DatasetSection) -> Encoding:
                     f"template {section.template!r} is neither {' nor '.join(TEMPLATES)} nor a file"
                 )
             source = file.read_text("utf-8")
+        elif found.add_bos:
+            # A model's own template writes its BOS itself.
+            source = "{{ bos_token }}" + source
         template = templates.ChatTemplate(source, found.special_tokens)
     longest = section.max_prompt + section.max_completion
     lengths = LengthPolicy(
@@ -148,14 +151,23 @@ def _read(section: config.DatasetSection) -> Dataset:
         )
     tables = {split: _table(*each, section) for split, each in read.items()}
     table, splits = _joined(tables)
-    splits = _without_leaks(section.name, table, splits)
-    if section.gold in _ANSWERS:
+    prompts = [prompt for each in read.values() for prompt in _told_apart(*each)]
+    splits = _without_leaks(section.name, prompts, splits)
+    if section.gold is not None and section.gold in _ANSWERS:
         used = np.concatenate(list(splits.values()))
-        missing = sum(table.answers[row] is None for row in used)
+        found = [table.answers[row] for row in used]
+        missing = sum(answer is None for answer in found)
         if missing:
             raise ValueError(
                 f"gold is {section.gold}, but {missing} of {len(used)} rows of {section.rows.source} have no answer to compare"
                 " with"
+            )
+        is_answer = _ANSWERS[section.gold].is_answer
+        if other := [each for each in found if each and not is_answer(each)]:
+            raise ValueError(
+                f"gold is {section.gold}, but the answers of {len(other)} of {len(used)} rows of {section.rows.source} are"
+                f" no {section.gold}, e.g. {other[0][:80]!r}: no completion could be right there; leave these rows out, or"
+                " take another gold"
             )
     if section.gold in _REFERENCES and not table.completions:
         raise ValueError(
@@ -172,7 +184,24 @@ def _read(section: config.DatasetSection) -> Dataset:
         _report(section.name, "demonstrations", rows.report)
         rows = rows.map(schema.as_demonstration)
         examples = examples_of(rows, section.demonstrations, encoding)
-        demonstrated = _table(rows, examples, section)
+        heldout = set[Any]().union(
+            *(prompts[row] for split in ("validation", "test") for row in splits[split])
+        )
+        told_apart = _told_apart(rows, examples)
+        fresh = np.array([heldout.isdisjoint(prompt) for prompt in told_apart], bool)
+        if not fresh.any():
+            raise ValueError(
+                f"every prompt of the demonstrations is in a split held out; give task.demonstrations other rows than"
+                f" {section.demonstrations.train}"
+            )
+        if not fresh.all():
+            logger.warning(
+                "dataset %s: %d of %d demonstrations have a prompt of a split held out and are left out",
+                section.name,
+                int((~fresh).sum()),
+                len(fresh),
+            )
+        demonstrated = _table(rows, examples, section).take(np.flatnonzero(fresh))
         shown.append(examples.fingerprint)
     return Dataset(
         name=section.name,
@@ -241,8 +270,16 @@ def _joined(tables: Mapping[str, Table]) -> tuple[Table, dict[str, np.ndarray]]:
     return table, splits
 
 
+def _told_apart(rows: sources.Rows, examples: Examples) -> list[tuple[str, bytes]]:
+    """Of each row that was kept, what no other prompt has: its words, and its tokens as they are cut."""
+    return [
+        (schema.gist(rows[int(i)].prompt), examples.prompts[number].tobytes())
+        for number, i in enumerate(examples.rows)
+    ]
+
+
 def _without_leaks(
-    name: str, table: Table, splits: Mapping[str, np.ndarray]
+    name: str, prompts: Sequence[tuple[str, bytes]], splits: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The splits, those held out without the rows whose prompt is in a split before them.
 
@@ -250,14 +287,12 @@ def _without_leaks(
       ValueError: nothing is left of one.
     """
     kept: dict[str, np.ndarray] = {}
-    seen: set[bytes] = set()
+    seen: set[str | bytes] = set()
     for split, rows in splits.items():
-        keys = [
-            table.prompts.tokens[row, : table.prompts.lengths[row]].tobytes()
-            for row in rows
-        ]
-        fresh = np.array([split == "train" or key not in seen for key in keys], bool)
-        seen.update(keys)
+        fresh = np.array(
+            [split == "train" or seen.isdisjoint(prompts[row]) for row in rows], bool
+        )
+        seen.update(*(prompts[row] for row in rows))
         kept[split] = rows[fresh]
         if not fresh.all():
             logger.warning(
@@ -276,11 +311,24 @@ def _without_leaks(
 
 # Gold rewards.
 
-_ANSWERS: Mapping[str, Callable[[str, str], bool]] = {
-    "number": answers.is_right,
-    "puzzle": puzzles.is_right,
+
+class _Checked(NamedTuple):
+    """How completions are checked.
+
+    Attributes:
+      is_right: `(completion, the row's answer) -> right or not`.
+      is_answer: whether a row's answer is one that completions can be checked by.
+    """
+
+    is_right: Callable[[str, str], bool]
+    is_answer: Callable[[str], bool]
+
+
+_ANSWERS: Mapping[str, _Checked] = {
+    "number": _Checked(answers.is_right, answers.is_answer),
+    "puzzle": _Checked(puzzles.is_right, puzzles.is_answer),
 }
-"""`(completion, the row's answer) -> right or not`, by the name that a config gives."""
+"""By the name that a config gives."""
 
 
 _REFERENCES: Mapping[str, Callable[[str, str], float]] = {"rouge_l": overlap.rouge_l}
@@ -293,7 +341,7 @@ def _judge(
     if section.gold is None:
         return None, None
     if section.gold in _ANSWERS:
-        return functools.partial(_checked, _ANSWERS[section.gold]), (0.0, 1.0)
+        return functools.partial(_checked, _ANSWERS[section.gold].is_right), (0.0, 1.0)
     if section.gold in _REFERENCES:
         overlap.check()
         return functools.partial(_near, _REFERENCES[section.gold]), (0.0, 1.0)

@@ -227,7 +227,7 @@ def run(
     check(section, ground)
     if settings.pairs is not None:
         check_pairs(settings.pairs, task)
-    prompts, validation = _prompts(settings, task)
+    prompts, validation, heldout = _prompts(settings, task)
     policy, reward_model = _starts(settings, ground)
     # Kept only now: a config that was refused must not stand in the way of the corrected one.
     if jax.process_index() == 0:
@@ -258,7 +258,7 @@ def run(
             prompts=prompts,
             validation=validation,
             reward_model=reward_model,
-            **_pairs(settings, ground, task, policy, prompts),
+            **_pairs(settings, ground, task, policy, prompts, heldout),
         )
         if isinstance(section, config.BestOfNSection):
             judged = best_of_n.evaluate(section, inputs, validation, role="validation")
@@ -314,27 +314,34 @@ def started(run: Finished) -> Params:
     return finished(run.settings.start).policy()
 
 
-def _prompts(settings: config.RunConfig, task: Task) -> tuple[Prompts, Prompts]:
-    """Training and validation prompts.
+def _prompts(
+    settings: config.RunConfig, task: Task
+) -> tuple[Prompts, Prompts, Prompts | None]:
+    """Training and validation prompts, and those of the pairs held out, if there are any.
 
     Raises:
       ConfigError: a dataset has fewer rows than are asked for.
     """
     rng = role_rng(settings.seed, "prompts")
-    count = 1000
+    count, asks = 1000, "task"
     if isinstance(task, Dataset):
         count = task.size("train")
     if settings.pairs is not None:
-        count = settings.pairs.count
+        count, asks = settings.pairs.count, "pairs.count"
     judged = settings.evaluation.validation_prompts
     if isinstance(task, Dataset) and settings.settings.recipe in ("sft", "reward"):
         # They are not judged on prompts: only shown some.
         judged = min(judged, task.size("validation"))
-    with config.refusing():
-        return (
-            task.prompts(rng, count, "train"),
-            task.prompts(rng, judged, "validation"),
-        )
+    with config.refusing(asks):
+        prompts = task.prompts(rng, count, "train")
+    with config.refusing("evaluation.validation_prompts"):
+        validation = task.prompts(rng, judged, "validation")
+    if settings.pairs is None:
+        return prompts, validation, None
+    rng = role_rng(settings.seed, "held-out prompts")
+    with config.refusing("pairs.heldout"):
+        heldout = task.prompts(rng, settings.pairs.heldout, "validation")
+    return prompts, validation, heldout
 
 
 def _content(task: Task) -> dict[str, Any]:
@@ -376,12 +383,11 @@ def _pairs(
     task: Task,
     policy: Params,
     prompts: Prompts,
+    heldout: Prompts | None,
 ) -> dict[str, Pairs]:
     """`pairs` and `heldout`, for recipes that read them."""
-    if settings.pairs is None:
+    if settings.pairs is None or heldout is None:
         return {}
-    rng = role_rng(settings.seed, "held-out prompts")
-    heldout = task.prompts(rng, settings.pairs.heldout, "validation")
     return {
         name: labelled_pairs(
             ground,

@@ -12,6 +12,7 @@ from gvjax.judges.agreement import (
     label_agreement,
     length_bias,
     length_effect,
+    likes_length,
     prediction_powered_winrate,
     self_consistency,
 )
@@ -318,6 +319,23 @@ def test_length_bias_is_against_the_labels():
     assert np.mean(false_alarms) < 0.06
     same = length_bias(labels, labels, x)
     assert ends(same) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("taste", [-0.6, -0.3, 0.0, 0.3])
+def test_errors_at_random_are_no_taste_for_length(taste):
+    rng = np.random.default_rng(0)
+    warned, biased = [], []
+    for _ in range(200):
+        x = rng.normal(size=400)
+        labels = (rng.random(400) < sigmoid(taste * x)).astype(float)
+        errs = np.abs(labels - (rng.random(400) < 0.15))
+        likes = np.where(rng.random(400) < 0.3, x > 0, errs).astype(float)
+        for judge, said in ((errs, warned), (likes, biased)):
+            effect = length_effect(judge, x)
+            said.append(likes_length(effect, length_bias(judge, labels, x)))
+    assert np.mean(warned) < 0.06
+    # What prefers the longer one in a third of the comparisons is found where labels do not hate it.
+    assert taste < -0.3 or np.mean(biased) > 0.5
 
 
 def test_correction_by_hand():

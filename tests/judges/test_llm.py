@@ -408,6 +408,30 @@ def test_a_budget_of_calls_is_kept_exactly_and_what_was_paid_for_stays(tmp_path)
         np.testing.assert_array_equal(found.scores, np.zeros(10))
 
 
+def test_a_budget_outlives_the_process_where_it_is_written_down(tmp_path):
+    pairs = [Comparison("?", "a" * i, "b" * i) for i in range(1, 11)]
+    ledger = tmp_path / "ledger.json"
+    with Server(longer_wins) as server:
+
+        def judge(calls):
+            (tmp_path / "cache").mkdir(exist_ok=True)
+            budget = Budget(calls=calls)
+            return make(
+                server, tmp_path / "cache", budget=budget, workers=1, ledger=ledger
+            )
+
+        for _ in range(3):
+            with pytest.raises(BudgetError, match=r"budget of 7 calls is spent \(7"):
+                judge(7)(pairs)
+            assert len(server.bodies) == 7
+        more = judge(20)
+        more(pairs)
+        assert len(server.bodies) == 20 and more.spent.calls == 13
+    ledger.write_text("{")
+    with pytest.raises(ValueError, match="what judging has cost, is damaged"):
+        judge(20)
+
+
 def test_retries_are_calls(tmp_path):
     with (
         Server(lambda *_: (500, {}, b"")) as server,

@@ -16,12 +16,14 @@ from model_folder import write_model_folder
 
 from gvjax import config, sharding
 from gvjax.__main__ import main
+from gvjax.data import schema
 from gvjax.models import hf, transformer
 from gvjax.models.config import ModelConfig
 from gvjax.recipes import export, single
 from gvjax.recipes.ground import ground_of, task_of
 from gvjax.recipes.pairs import labelled_pairs
 from gvjax.recipes.programs import reward_all, score_all
+from gvjax.recipes.reading import encoding_of
 from gvjax.recipes.rows import demonstrations_at, sequences
 from gvjax.tasks.task import Completions, Prompts
 
@@ -108,7 +110,7 @@ def write(checkpoint, place):
         if recipe != "best_of_n":
             data["logging"] = {"tensorboard": False, "every": 1}
         if recipe not in ("sft", "reward"):
-            data["evaluation"] = {"validation_prompts": 4}
+            data.setdefault("evaluation", {"validation_prompts": 4})
         file = place / f"{name}.yaml"
         # JSON is YAML.
         file.write_text(json.dumps(data))
@@ -204,6 +206,77 @@ def test_a_prompt_of_the_training_split_is_left_out_of_the_held_out_ones(write, 
     rows = {"train": "train[3:]", "validation": "train[:6]"}
     task_of(config.load(write("leak", "sft", rows=rows)).task, 0)
     assert "validation rows have a prompt of an earlier split" in caplog.text
+
+
+def test_a_prompt_is_the_same_in_another_case_and_spacing(write, place, caplog):
+    """In rows held out and in demonstrations, which have files of their own."""
+    folder = place / "twins"
+    folder.mkdir()
+
+    def rows(split, prompts):
+        lines = [json.dumps({"prompt": p, "completion": "yes"}) for p in prompts]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+
+    rows("train", ["one", "two"])
+    rows("validation", ["Two ", "three", "four"])
+    rows("test", ["five", "six"])
+    rows("shown", ["FIVE", "four", "one", "seven"])
+    own = {"source": "jsonl", "path": str(folder), "drop": [], "max_bad_share": 0.0}
+    splits = {"train": "train", "validation": "validation", "test": "test"}
+    task = {"chat": False, "system": None, "demonstrations": {**own, "train": "shown"}}
+    made = task_of(config.load(write("twins", "sft", task, {**own, **splits})).task, 0)
+    assert "1 of 3 validation rows have a prompt of an earlier split" in caplog.text
+    assert "2 of 4 demonstrations have a prompt of a split held out" in caplog.text
+    assert [made.size(split) for split in splits] == [2, 2, 2]
+    shown = made.demonstrated.prompts
+    words = [made.decode(t[:n]) for t, n in zip(shown.tokens, shown.lengths)]
+    assert words == ["one", "seven"]
+    task["demonstrations"]["train"] = "test"
+    with pytest.raises(config.ConfigError, match="every prompt of the demonstrations"):
+        task_of(config.load(write("twins", "sft", task, {**own, **splits})).task, 0)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answers", "shown"),
+    [
+        ("number", ["7", "blue"], "1 of 6 rows .* are no number, e.g. 'blue'"),
+        (
+            "puzzle",
+            ["7", '{"task": "chess"}'],
+            "2 of 6 rows .* are no puzzle, e.g. '7'",
+        ),
+    ],
+)
+def test_an_answer_that_nothing_can_equal_is_refused(
+    gold, answers, shown, write, place
+):
+    folder = place / f"answers_{gold}"
+    folder.mkdir()
+    known = json.dumps({"task": "gcd", "answer": "3"})
+    good = "3" if gold == "number" else known
+    for split, theirs in {"train": answers, "test": [good] * 4}.items():
+        lines = [
+            json.dumps({"prompt": f"{split} {n}", "completion": "3", "answer": answer})
+            for n, answer in enumerate(theirs)
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    rows = {"source": "jsonl", "path": str(folder), "drop": []}
+    file = write(f"answers_{gold}", "sft", {"gold": gold}, rows)
+    with pytest.raises(config.ConfigError, match=shown):
+        task_of(config.load(file).task, 0)
+
+
+def test_our_own_templates_begin_with_the_bos_that_a_tokenizer_wants(write, tmp_path):
+    folder = write_model_folder(tmp_path, add_bos_token=True)
+    for template in ("chatml", "hh"):
+        task = {"template": template, "tokenizer": str(folder)}
+        encoding = encoding_of(config.load(write("bos", "sft", task)).task)
+        assert encoding.template is not None
+        ids = encoding.template.encode_prompt(
+            encoding.tokenizer, [schema.Message("user", "hello")]
+        )
+        bos = encoding.tokenizer.bos_id
+        assert ids[0] == bos and bos not in ids[1:]
 
 
 def test_sft_walks_the_rows_epoch_by_epoch(task):
@@ -570,6 +643,19 @@ REFUSED = {
         "pairs.temperature is given, but dataset ultrafeedback has labelled pairs",
     ),
     "no number to check": ("sft", {"task": {"gold": "number"}}, "have no answer"),
+    "more pairs held out than there are": (
+        "dpo",
+        {"pairs": {"count": 4, "heldout": 1000}},
+        "pairs.heldout: 1000 prompts are asked for",
+    ),
+    "more prompts to judge than there are": (
+        "dpo",
+        {
+            "pairs": {"count": 4, "heldout": 4},
+            "evaluation": {"validation_prompts": 1000},
+        },
+        "evaluation.validation_prompts: 1000 prompts are asked for",
+    ),
     "gold that is not there": (
         "sft",
         {"task": {"gold": "nowhere"}},
@@ -618,6 +704,8 @@ def test_what_cannot_be_run_is_refused(case, write, checkpoint, tmp_path):
         changes["model"]["checkpoint"] = checkpoint
     with pytest.raises(config.ConfigError, match=message):
         single.run(config.load(write("refused", recipe, **changes)))
+    # A config that was refused does not stand in the way of the corrected one.
+    assert not (pathlib.Path(write("refused", recipe).parent) / "refused").exists()
 
 
 def test_a_dataset_needs_a_tokenizer_and_a_study_needs_gold(write, tmp_path):
