@@ -3,14 +3,17 @@
 import argparse
 import gc
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from gvjax.usage import USER_ERROR, Parser
+
 _FUNCTIONS = {"import": "import_model"}
 """Functions of `commands` that cannot be called as their verb."""
 
-OK, FAILED, CONFIG_ERROR, CRASHED, PREEMPTED = 0, 1, 64, 70, 85
+OK, FAILED, CRASHED, PREEMPTED, INTERRUPTED = 0, 1, 70, 85, 130
 
 _DESCRIPTION = """\
 gvjax takes one preference dataset down both roads of fine-tuning and says, with error bars, which road pays.
@@ -27,7 +30,7 @@ gvjax takes one preference dataset down both roads of fine-tuning and says, with
 _OVERRIDES = """\
 Overrides change single fields: dotted keys, values as in YAML.
 
-  gvjax {verb} CONFIG seed=3 settings.optimizer.learning_rate=1e-4
+  gvjax {verb} CONFIG {changes}
 """
 
 
@@ -61,11 +64,18 @@ _DATA_EXAMPLE = """\
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0 done, 1 a check failed, 64 the config is wrong, 70 a crash, 85 preempted.
+    """Runs a command.
 
     As one of several processes it does not return after an error: it ends the process.
+
+    Returns:
+      Exit code: 0 done; 1 a check failed, 3 a plan does not fit; 64 the config or the command line is wrong, 70 a crash (71
+      where steps stopped coming), 85 stopped before its end, to be started again; 130 Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # As Python does for a script: losses, tasks and verifiers that lie here can be named in a config.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     from gvjax import runtime
 
     # Bench times the compiling too.
@@ -114,7 +124,7 @@ def _done(commands, parsed: argparse.Namespace) -> int:
         return getattr(commands, _FUNCTIONS.get(parsed.verb, parsed.verb))(parsed)
     except commands.REFUSED as error:
         print(f"gvjax {parsed.verb}: {error}", file=sys.stderr)
-        return CONFIG_ERROR
+        return USER_ERROR
     except commands.EXPECTED as error:
         print(f"gvjax {parsed.verb}: {error}", file=sys.stderr)
         return CRASHED
@@ -126,7 +136,7 @@ def _done(commands, parsed: argparse.Namespace) -> int:
             "\nstopped; the same command goes on from the last checkpoint",
             file=sys.stderr,
         )
-        return 130
+        return INTERRUPTED
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -149,9 +159,7 @@ def _temperature(text: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="gvjax", description=_DESCRIPTION, formatter_class=raw
-    )
+    parser = Parser(prog="gvjax", description=_DESCRIPTION, formatter_class=raw)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
 
     def verb(name: str, summary: str, what: str, more: str = ""):
@@ -165,12 +173,16 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("-v", "--verbose", action="store_true", help="log more")
         return made
 
-    def overrides(made, name: str):
+    def overrides(made, name: str, changes: str):
         made.add_argument("config", metavar="CONFIG", help="a YAML file")
         made.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="changes to it"
+            "overrides",
+            nargs="*",
+            default=[],
+            metavar="key=value",
+            help="changes to it",
         )
-        made.epilog = _OVERRIDES.format(verb=name)
+        made.epilog = _OVERRIDES.format(verb=name, changes=changes)
 
     compare = verb(
         "compare",
@@ -180,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         "command; an edited one re-uses every stage that the edit does not touch. After SIGTERM it leaves with\n"
         "code 85. Started as several processes (see `gvjax run --help`) they do every stage together.",
     )
-    overrides(compare, "compare")
+    overrides(compare, "compare", "seeds=[1,2] sft.steps=100")
     gap = verb(
         "gap",
         "measure the generation-verification gap of a task and advise",
@@ -190,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         "the intervals allow. Resumes, re-uses stages and takes several processes as `compare` does; where people are the\n"
         "judge it leaves with code 85 until their sheets are filled in.",
     )
-    overrides(gap, "gap")
+    overrides(gap, "gap", "seeds=[1,2] margins.winrate=0.05")
     gap.add_argument(
         "--calibrate",
         action="store_true",
@@ -204,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoints and leaves with code 85. With GVJAX_COORDINATOR, GVJAX_NUM_PROCESSES and GVJAX_PROCESS_ID set (or\n"
         "under SkyPilot, Slurm, MPI, Cloud TPU) several processes train one model.",
     )
-    overrides(run, "run")
+    overrides(run, "run", "seed=3 settings.optimizer.learning_rate=1e-4")
     run.add_argument(
         "--force",
         action="append",
@@ -278,7 +290,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("what", choices=("show", "stats"))
     data.add_argument("config", metavar="CONFIG", help="a YAML file")
-    data.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    data.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="changes to it",
+    )
     data.add_argument(
         "--split", choices=("train", "validation", "test"), default="train"
     )
@@ -302,7 +320,11 @@ def _parser() -> argparse.ArgumentParser:
     puzzles.add_argument("task", metavar="TASK")
     puzzles.add_argument("directory", metavar="OUT", help="for train and test.jsonl")
     puzzles.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="options of the task"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="options of the task",
     )
     puzzles.add_argument("--train", type=_count, default=1000, help="rows")
     puzzles.add_argument("--test", type=_count, default=200, help="rows")

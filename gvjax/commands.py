@@ -170,17 +170,17 @@ def _other_verb(path: str, settings: config.Section) -> config.ConfigError:
 
 
 def _shares(run_dir: pathlib.Path) -> str:
-    """Where the time of the online road went, as far as it was written down; empty for a run that only trains."""
+    """Where the time went, as far as it was written down."""
     path = run_dir / "timing.jsonl"
     lines = list(metrics.read(path)) if path.exists() else []
     # The first rounds compile.
-    lines = [line for line in lines if "share/generate" in line][len(lines) // 4 :]
+    lines = [line for line in lines if "share/train" in line][len(lines) // 4 :]
     if not lines:
         return ""
     whole = sum(line["step_time"] for line in lines)
     spent = {
         part: sum(line[f"share/{part}"] * line["step_time"] for line in lines)
-        for part in ("generate", "score", "train")
+        for part in ("data", "generate", "score", "train")
         if f"share/{part}" in lines[0]
     }
     return ", ".join(f"{part} {spent[part] / whole:.0%}" for part in spent)
@@ -220,7 +220,7 @@ def eval(arguments: argparse.Namespace) -> int:
         right = np.where(margins == 0, 0.5, margins > 0)
         log_likelihoods = statistics.pair_log_likelihoods(margins)
         _add_mean(table, "log-likelihood of labels, nats", log_likelihoods)
-        _add_mean(table, "accuracy on labels", right)
+        _add_share(table, "accuracy on labels", right)
         if found.gold_accuracy is not None:
             table.add_row("accuracy on gold order", f"{found.gold_accuracy:.3f}", "")
         # Each pair in both orders: with labels that are all 1, only one side of ½ would be tested.
@@ -242,7 +242,7 @@ def eval(arguments: argparse.Namespace) -> int:
             likelihoods = statistics.pair_log_likelihoods(found.scale * margins)
             _add_mean(table, "log-likelihood of held-out pairs at best β", likelihoods)
             right = np.where(margins == 0, 0.5, margins > 0)
-            _add_mean(table, "implicit accuracy on held-out pairs", right)
+            _add_share(table, "implicit accuracy on held-out pairs", right)
     Console().print(table)
     return 0
 
@@ -323,5 +323,13 @@ def _add_mean(table: Table, name: str, values) -> None:
     """One row: the mean over prompts, with what the choice of prompts leaves open (one training seed says no more)."""
     # The sum turns a rounded −0 into 0.
     mean = round(float(np.mean(values)), 3) + 0.0
-    half = 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    table.add_row(name, f"{mean:.3f}", f"{mean - half:.3f} to {mean + half:.3f}")
+    ends = statistics.seed_mean(values).interval()
+    assert ends is not None, "at least two prompts are asked for"
+    low, high = ends
+    table.add_row(name, f"{mean:.3f}", f"{low:.3f} to {high:.3f}")
+
+
+def _add_share(table: Table, name: str, hits: np.ndarray) -> None:
+    """The same of a share; ties count half."""
+    low, high = statistics.wilson_interval(float(hits.sum()), len(hits))
+    table.add_row(name, f"{hits.mean():.3f}", f"{low:.3f} to {high:.3f}")

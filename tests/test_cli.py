@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import yaml
 
 from gvjax import __main__ as entry
 from gvjax import commands, config
+from gvjax.judges.endpoint import BudgetError
 
+ROOT = pathlib.Path(__file__).parents[1]
 TOY = {
     "task": {
         "name": "tour",
@@ -172,7 +175,7 @@ def test_times_are_split_among_generating_scoring_and_training(chain):
     share = r"\d+%"
     line = rf"time of a round: generate {share}, score {share}, train {share}\n"
     assert re.search(line, said["rloo"][1])
-    assert "time of a round" not in said["dpo"][1]
+    assert re.search(rf"time of a round: data {share}, train {share}\n", said["dpo"][1])
 
 
 @pytest.mark.slow
@@ -255,6 +258,41 @@ def test_help_teaches_by_an_example(verb, capsys):
     assert f"\n  gvjax {verb} " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("verb", "config_file"),
+    [
+        ("run", "tour/sft.yaml"),
+        ("compare", "quickstart.yaml"),
+        ("gap", "gap/quickstart.yaml"),
+    ],
+)
+def test_the_overrides_that_help_shows_are_keys_of_such_a_config(
+    verb, config_file, capsys
+):
+    with pytest.raises(SystemExit):
+        entry.main([verb, "--help"])
+    (shown,) = re.findall(rf"gvjax {verb} CONFIG (.+)", capsys.readouterr().out)
+    config.load(ROOT / "configs" / config_file, shown.split())
+
+
+def test_what_lies_in_the_current_directory_can_be_named(tmp_path):
+    """Without a PYTHONPATH, and it does not hide what is installed."""
+    (tmp_path / "my_task.py").write_text("class Mine:\n    pass\n")
+    (tmp_path / "yaml.py").write_text("raise ImportError('the wrong one')\n")
+    run = {
+        **TOY,
+        "task": {"name": "my_task:Other"},
+        "run_dir": "x",
+        "settings": {"recipe": "sft"},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    gvjax = os.path.join(os.path.dirname(sys.executable), "gvjax")
+    command = [gvjax, "run", "run.yaml"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert said.returncode == 64
+    assert "module my_task has no 'Other'" in said.stderr
+
+
 def test_help_of_the_whole_names_every_command(capsys):
     with pytest.raises(SystemExit):
         entry.main(["--help"])
@@ -280,7 +318,8 @@ def test_help_of_the_whole_names_every_command(capsys):
 def test_wrong_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         entry.main(arguments)
-    assert stopped.value.code == 2
+    # Not argparse's own 2: what restarts a program must see that it is no use.
+    assert stopped.value.code == 64
     assert "usage: gvjax" in capsys.readouterr().err
 
 
@@ -296,6 +335,7 @@ def raising(error):
     [
         (config.ConfigError("seed is x"), 64, "gvjax eval: seed is x\n"),
         (commands.EXPECTED[0]("SFT failed"), 70, "gvjax eval: SFT failed\n"),
+        (BudgetError("spent"), 64, "gvjax eval: spent\n"),
         (RuntimeError("a bug"), 70, "RuntimeError: a bug\n"),
         (
             KeyboardInterrupt(),
@@ -303,7 +343,7 @@ def raising(error):
             "the same command goes on from the last checkpoint\n",
         ),
     ],
-    ids=["config", "expected", "bug", "ctrl-c"],
+    ids=["config", "expected", "budget", "bug", "ctrl-c"],
 )
 def test_every_end_has_its_exit_code_and_words(
     error, code, message, capsys, monkeypatch

@@ -158,6 +158,14 @@ REFUSED = {
         online(epsilon=0.1),
         "epsilon is given, but rloo does not clip",
     ),
+    "epochs without a correction": (
+        online(algorithm="reinforce", epochs=2),
+        "reinforce does not correct for that; use epochs: 1, or rloo",
+    ),
+    "a KL divided by lengths": (
+        online(epochs=2, kl_in="loss", kl_estimator="k3"),
+        "epochs is 2: rloo then averages",
+    ),
     "a clip for reinforce": (
         online(algorithm="reinforce", epsilon_high=0.1),
         "epsilon_high is given, but reinforce",
@@ -373,6 +381,12 @@ def test_a_missing_file_is_a_config_error(tmp_path):
         ("on", "on"),
         ("null", None),
         ("'3'", "3"),
+        ("20_000", 20000),
+        ("-4", -4),
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("0x1f", "0x1f"),
+        ("2026-10-01", "2026-10-01"),
     ],
 )
 def test_scalars_are_read_as_they_look(text, value):
@@ -390,6 +404,12 @@ def test_a_learning_rate_may_be_written_with_an_exponent_or_as_an_integer(tmp_pa
         optimizer = load(tmp_path, base + text % written).settings.optimizer
         assert optimizer.learning_rate == value
         assert optimizer.max_grad_norm == math.inf
+
+
+@pytest.mark.parametrize("field", ["learning_rate", "weight_decay", "eps"])
+def test_a_step_size_is_finite(field, tmp_path):
+    with pytest.raises(config.ConfigError, match=f"{field}.*finite"):
+        load(tmp_path, offline(optimizer={field: math.inf}))
 
 
 def test_an_optimizer_given_in_part_keeps_the_recipes_own_values(tmp_path):
@@ -464,6 +484,15 @@ def test_a_sweep_changes_what_it_names_and_nothing_else(tmp_path):
     assert second.optimizer.schedule == "cosine"
 
 
+def test_gspo_has_a_clip_of_its_own_that_a_sweep_leaves_behind(tmp_path):
+    settings = {**PG, "algorithm": "gspo"}
+    sweep = [{}, {"epsilon": 0.1}, {"algorithm": "grpo"}]
+    arm = load(tmp_path, arm_with("RLOO", settings=settings, sweep=sweep)).arms["RLOO"]
+    clips = [tried.epsilon for tried in config.arm_settings(arm)]
+    assert clips == [3e-4, 0.1, 0.2]
+    assert config.PolicyGradientSection(epochs=2, epsilon=0.1).epsilon == 0.1
+
+
 def test_a_sweep_may_switch_off_an_option_that_nobody_asked_for(tmp_path):
     arm = load(tmp_path, arm_with("RLOO", sweep=[{"kl_coef": 0.0}])).arms["RLOO"]
     assert config.arm_settings(arm)[0].kl_coef == 0
@@ -508,6 +537,39 @@ def test_a_bad_config_is_refused_before_any_device_is_looked_for(tmp_path):
     assert done.returncode == 64
     assert "did you mean seed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+DATASET = {
+    "name": "rows",
+    "rows": {"source": "jsonl", "path": "rows.jsonl"},
+    "max_prompt": 8,
+    "max_completion": 8,
+    "gold": "number",
+}
+
+
+def gap_with(**fields):
+    return {"gap": "g", **{name: STUDY[name] for name in ("run_dir", "seeds", "task", "model")}, **fields}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "data, part",
+    [
+        (study_with(twins=[{"task": {"name": "hidden_goals"}}, {"task": DATASET}]), "twins"),
+        (gap_with(controls=[{"task": {"name": "lcs"}}, {"task": DATASET}]), "controls"),
+    ],
+    ids=["twins", "controls"],
+)  # fmt: skip
+def test_every_dataset_has_the_tokenizer_beside_the_weights(data, part, tmp_path):
+    found = load(tmp_path, {**data, "model": {"checkpoint": "weights"}})
+    assert getattr(found, part)[1].task.tokenizer == "weights"
+    given = [{"task": {**DATASET, "tokenizer": "my"}}]
+    found = load(tmp_path, {**data, "model": {"checkpoint": "weights"}, part: given})
+    assert getattr(found, part)[0].task.tokenizer == "my"
+    with pytest.raises(
+        config.ConfigError, match=f"{part}.1.task.tokenizer is not given"
+    ):
+        load(tmp_path, data)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1] / "gvjax"
 
 LAYERS = {
-    0: ["masked", "logps", "losses", "advantages", "tabular", "digests"],
+    0: ["masked", "logps", "losses", "advantages", "tabular", "digests", "usage"],
     1: ["types"],
     2: [
         "steps",
@@ -40,6 +40,7 @@ ALLOWED = {
     "advantages": ARRAYS,
     "tabular": HOST | {"scipy"},
     "digests": {"jax"} | HOST,
+    "usage": set(),
     "types": ARRAYS | {"optax"},
     "steps": ARRAYS | {"optax"},
     # optax: low-rank training says which parameters a transform may touch.
@@ -51,7 +52,8 @@ ALLOWED = {
     "lanes": {"jax"},
     "optim": {"jax", "optax"},
     "tasks": HOST,
-    "judges": HOST,
+    # scipy: quantiles of Student's t.
+    "judges": HOST | {"scipy"},
 }
 """The third-party packages a part may import; parts that are not listed are held by DOORS alone."""
 

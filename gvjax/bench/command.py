@@ -13,6 +13,7 @@ from gvjax.bench import report, timing, works
 from gvjax.bench.footing import Footing
 from gvjax.bench.request import ROWS, Request, make_request
 from gvjax.models.shapes import SHAPES
+from gvjax.usage import Parser
 
 USER_ERROR = 64
 
@@ -134,7 +135,7 @@ def run(
 
 def _parser() -> argparse.ArgumentParser:
     listed = "\n".join(f"  {name:<16} {what}" for name, what in ROWS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gvjax bench",
         description=_DESCRIPTION,
         epilog=_READING + listed,

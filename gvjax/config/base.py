@@ -10,8 +10,9 @@ import pydantic
 from pydantic import Field
 
 Scalar = bool | int | float | str | None
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveOrInf = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
 IMPORTED, FILE = "imported", "file"

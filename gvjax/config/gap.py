@@ -248,10 +248,9 @@ class LlmJudgeSection(Section):
     base_url: str
     model: str
     key_variable: str | None = None
-    options: dict[str, bool | int | float | str | None] = {
-        "temperature": 0,
-        "max_tokens": 256,
-    }
+    options: dict[str, Scalar] = Field(
+        default_factory=lambda: {"temperature": 0, "max_tokens": 256}
+    )
     calls: Count = 20_000
     timeout: Positive = 60.0
     max_failure_share: Annotated[float, Field(ge=0, le=1)] = 0.05

@@ -22,13 +22,14 @@ D = TypeVar("D")
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with 1e-6 a number, and only true and false booleans (not yes, no, on, off); repeated keys are refused."""
+    """YAML with 1e-6 a number, only true and false booleans (not yes, no, on, off), only decimal integers (010 is none, nor
+    1:30), and no dates; repeated keys are refused."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [
             (tag, regex)
             for tag, regex in pairs
-            if not tag.endswith((":bool", ":float"))
+            if not tag.endswith((":bool", ":float", ":int", ":timestamp"))
         ]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -49,6 +50,11 @@ class Loader(yaml.SafeLoader):
 
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf")
+)
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
 )
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

@@ -14,6 +14,7 @@ from gvjax.config.base import (
     Imported,
     NonNegative,
     Positive,
+    PositiveOrInf,
     Scalar,
     Section,
 )
@@ -111,20 +112,32 @@ KINDS_OF_TASK: dict[str, type[Section]] = {
 
 
 def with_tokenizer(data: dict[str, Any]) -> dict[str, Any]:
-    """Config data whose dataset, where it names no tokenizer, has the one beside the model's weights.
+    """Config data whose datasets, where they name no tokenizer, have the one beside the model's weights.
+
+    These are the task's, and those of a study's twins and a measurement's controls.
 
     Raises:
       ConfigError: there are none.
     """
-    task, model = data.get("task"), data.get("model")
-    if not isinstance(task, dict) or "rows" not in task or task.get("tokenizer"):
-        return data
+    model = data.get("model")
     checkpoint = model.get("checkpoint") if isinstance(model, dict) else None
-    if checkpoint is None:
-        raise ConfigError(
-            "task.tokenizer is not given and model names no checkpoint to take it from; give one of the two"
-        )
-    return {**data, "task": {**task, "tokenizer": checkpoint}}
+
+    def filled(part: Any, place: str = "") -> Any:
+        task = part.get("task") if isinstance(part, dict) else None
+        if not isinstance(task, dict) or "rows" not in task or task.get("tokenizer"):
+            return part
+        if checkpoint is None:
+            raise ConfigError(
+                f"{place}task.tokenizer is not given and model names no checkpoint to take it from; give one of the two"
+            )
+        return {**part, "task": {**task, "tokenizer": checkpoint}}
+
+    data = filled(data)
+    for name in ("twins", "controls"):
+        if isinstance(parts := data.get(name), list):
+            parts = [filled(part, f"{name}.{i}.") for i, part in enumerate(parts)]
+            data = {**data, name: parts}
+    return data
 
 
 class LoraSection(Section):
@@ -159,7 +172,7 @@ class OptimizerSection(Section):
     b2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.0
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: PositiveOrInf = 1.0
 
 
 class PairsSection(Section):

@@ -18,6 +18,7 @@ from rich.console import Console
 import gvjax
 from gvjax import config
 from gvjax.plan import report, targets
+from gvjax.usage import Parser
 
 FITS, TOO_LARGE, CONFIG_ERROR, CRASHED = 0, 3, 64, 70
 
@@ -179,7 +180,7 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gvjax plan",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -187,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("config", metavar="CONFIG", help="a YAML file of a run or a study")
-    add("overrides", nargs="*", metavar="key=value", help="changes to it")
+    add("overrides", nargs="*", metavar="key=value", default=[], help="changes to it")
     add("--on", required=True, metavar="NAME", help="such as v5e-256, v6e-64, 8xh100")
     add("--slices", type=int, default=1, help="TPU slices, joined by the slow network")
     add(

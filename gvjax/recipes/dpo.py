@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from gvjax import config, losses, steps
 from gvjax.data.ahead import Ahead
+from gvjax.losses.contract import try_out
 from gvjax.recipes import checks, loop, packed
 from gvjax.recipes.evaluation import evaluate_margins
 from gvjax.recipes.ground import Ground, cached, make_optimizer
@@ -101,7 +102,7 @@ def make_loss(settings: config.DpoSection) -> losses.Loss:
     """The configured loss, with β and other options bound, plus the weighted likelihood of the chosen completion.
 
     Raises:
-      ValueError: the loss is unknown, needs another kind of data, or does not take an option.
+      ValueError: the loss is unknown, needs another kind of data, does not take an option, or not that value of it.
     """
     loss = _named(settings.loss)
     parameters = inspect.signature(loss).parameters.values()
@@ -115,7 +116,7 @@ def make_loss(settings: config.DpoSection) -> losses.Loss:
                 f"the loss {settings.loss} takes no {name}; it takes {', '.join(options) or 'no options'}"
             )
     loss = functools.partial(loss, **bound)
-    losses.arguments(loss)
+    try_out(loss, losses.arguments(loss))
     if settings.nll_weight:
         loss = losses.weighted_sum((1.0, loss), (settings.nll_weight, losses.nll_loss))
     return loss

@@ -75,6 +75,8 @@ def load(path: str, *, seed: int | None = None, **options: Any) -> Task:
                 f"{_near(attribute, vars(module))}; name what it defines after a colon"
             )
         found = getattr(module, attribute)
+        if inspect.isclass(found) and _is_text_file(found):
+            found = found()
     text = _is_text_file(found)
     accepted = _options(found.examples)[1:] if text else _options(found)
     if seed is not None and "seed" in accepted:

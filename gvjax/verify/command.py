@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from gvjax.usage import USER_ERROR, Parser
 from gvjax.verify import estimators, own_loss, signs, theory
 from gvjax.verify.check import Check, Row
 
@@ -66,9 +67,9 @@ def main(argv: Sequence[str]) -> int:
       argv: the arguments after `verify`.
 
     Returns:
-      Exit code: 0 when all checks pass, 1 when one fails, 2 when the request itself is wrong.
+      Exit code: 0 when all checks pass, 1 when one fails, 64 when the request itself is wrong.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gvjax verify",
         description="Check losses, estimators and theorems exactly, on problems small enough to enumerate.",
     )
@@ -95,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
         work = _work(options)
     except ValueError as error:
         print(f"gvjax verify: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     if options.list:
         print("\n".join(name for name, _ in work))
         return 0
@@ -125,9 +126,6 @@ def _work(options: argparse.Namespace) -> list[tuple[str, Callable[[], Row]]]:
     """What was asked for, as (name, thing to run)."""
     work: list[tuple[str, Callable[[], Row]]]
     if options.loss:
-        # As Python does for a script: what lies in the current directory can be imported.
-        if "" not in sys.path:
-            sys.path.insert(0, "")
         loss = own_loss.load(options.loss)
         work = own_loss.battery(loss, options.seed)
     else:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import pathlib
 import re
@@ -154,6 +155,10 @@ def test_every_arm_of_every_seed_is_in_results_and_report(where, unbroken):
     assert [seed["kl"] for seed in more] != [seed["kl"] for seed in same]
     assert by_name["best of 2"]["seeds"][0]["ledger"]["sampled_tokens"] > 0
     assert by_name["best of 2"]["description"] == "best of n, nothing trained"
+    scorer = tour["scorers"][0]["seeds"][0]
+    ordered = [value > math.log(0.5) for value in scorer["pair_log_likelihoods"]]
+    assert scorer["accuracy"] == sum(ordered) / len(ordered)
+    assert results["versions"]["jax"] == jax.__version__
     # A sweep of two, and a reward model beside DPO: the labels are the same 32.
     for name, arm in by_name.items():
         labels = {seed["ledger"]["labels"] for seed in arm["seeds"]}
@@ -432,6 +437,61 @@ def test_an_arm_that_starts_from_another_follows_it(one_device):
     }
 
 
+def of_kind(kind, *arms):
+    return {(kind, arm) for arm in arms or ("",)}
+
+
+@pytest.mark.parametrize(
+    "changed, kinds",
+    [
+        ("my_task.py", {("sft", ""), *ALL_BUT_SFT}),
+        ("my_rewards.py", of_kind("trial", "RLOO")),
+        ("my_loss.py", of_kind("trial", "DPO", "RLOO from DPO")),
+        ("another.py", set()),
+    ],
+)
+def test_code_that_a_config_names_redoes_what_runs_it(
+    changed, kinds, one_device, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    files = {
+        "my_task.py": "from gvjax.tasks.tour import Tour as Mine\n",
+        "my_rewards.py": "def score(prompt, completion):\n    return 1.0\n",
+        "my_loss.py": "from gvjax.losses import dpo_loss as loss\n",
+        "another.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        # Where it was before is not where it is now.
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
+    data = {**copy.deepcopy(TOY), "task": {"name": "my_task:Mine", "options": TOUR}}
+    arms = data["arms"]
+    arms["RLOO"]["settings"] = {
+        **RLOO,
+        "rewards": {"verifier": {"path": "my_rewards:score"}},
+    }
+    arms["DPO"]["settings"] = {**DPO, "loss": "my_loss:loss"}
+    # The twin is gvjax's own task; it would run the same arms.
+    del data["twins"], data["contrasts"]
+    before = keys_by_place(planned(data))
+    assert keys_by_place(planned(data)) == before
+    (tmp_path / changed).write_text(files[changed] + "# Another.\n")
+    after = keys_by_place(planned(data))
+    found = {(place[0], place[3]) for place in before if before[place] != after[place]}
+    assert found == kinds
+
+
+def test_other_weights_redo_everything(one_device, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "ground_for", lambda study, made=planning.ground_for: made(study.model_copy(update={"model": TOY["model"]})))  # fmt: skip
+    data = {**copy.deepcopy(TOY), "model": {"checkpoint": str(tmp_path)}}
+    study = config.StudyConfig.model_validate_json(json.dumps(data))
+    (tmp_path / "model.safetensors").write_bytes(b"some")
+    before = keys_by_place(planning.plan_of(study, "code"))
+    (tmp_path / "model.safetensors").write_bytes(b"others")
+    after = keys_by_place(planning.plan_of(study, "code"))
+    assert not set(before.values()) & set(after.values())
+
+
 def test_other_code_redoes_everything(one_device):
     before, after = keys_by_place(planned(TOY)), keys_by_place(planned(TOY, "new"))
     assert not set(before.values()) & set(after.values())
@@ -477,6 +537,7 @@ def test_what_a_stage_would_fail_on_is_refused_before(fields, message, one_devic
         ({"loss": "sigmiod"}, "arms.DPO: .*did you mean 'sigmoid'"),
         ({"loss": "no_such_module:loss"}, "cannot import 'no_such_module:loss'"),
         ({"loss_options": {"taau": 1.0}}, "takes no taau"),
+        ({"loss_options": {"label_smoothing": 0.7}}, "label_smoothing is 0.7"),
         ({"loss": "gvjax.losses:bradley_terry_loss"}, "arms.DPO: "),
     ],
     ids=str,

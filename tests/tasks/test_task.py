@@ -239,13 +239,27 @@ def test_load_finds_an_object_with_examples_and_reward(monkeypatch):
     assert task.reward_range == (-np.inf, np.inf)
 
 
-@pytest.mark.parametrize("path", ["my_task", "my_task:MyTask", "my_text"])
+@pytest.mark.parametrize(
+    "path", ["my_task", "my_task:MyTask", "my_text", "my_class:MyText"]
+)
 def test_load_finds_a_file_that_is_in_no_package(path, tmp_path, monkeypatch):
     (tmp_path / "my_task.py").write_text("from gvjax.tasks.name import Name as MyTask")
     (tmp_path / "my_text.py").write_text("from gvjax.tasks.sort import *")
+    (tmp_path / "my_class.py").write_text(
+        "from gvjax.tasks import sort\n"
+        "class MyText:\n"
+        "    REWARD_RANGE = sort.REWARD_RANGE\n"
+        "    def examples(self, split, *, seed=0):\n"
+        "        return sort.examples(split, seed=seed)\n"
+        "    def reward(self, record, completion):\n"
+        "        return sort.reward(record, completion)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, path.partition(":")[0], raising=False)
-    assert tasks.load(path).name == ("my_text" if path == "my_text" else "name")
+    names = {"my_text": "my_text", "my_class:MyText": "MyText"}
+    task = tasks.load(path, seed=1)
+    assert task.name == names.get(path, "name")
+    assert len(task.prompts(np.random.default_rng(0), 2, "train")) == 2
 
 
 @pytest.mark.parametrize(
