@@ -26,6 +26,14 @@ for batch in preference_batches:  # gvjax.PreferenceBatch: tokens and masks of c
     state, metrics = step(state, add_ref(ref_params, batch))
     print(f"{metrics['loss']:.4f}")  # first 0.6931 = ln 2: the policy still is the reference
 """
+ONLINE = """\
+step = jax.jit(gvjax.make_policy_gradient_step(logps_fn, tx), donate_argnums=0)
+state = gvjax.init_train_state(ref_params, tx)
+for _ in range(rounds):
+    rollouts = sample(state.params)  # gvjax.Rollouts: tokens, masks and logps of your sampler, rewards of your verifier
+    advantages = gvjax.advantages.leave_one_out(rollouts.rewards, group_size=4)  # RLOO: 4 samples of each prompt
+    state, metrics = step(state, gvjax.policy_batch(rollouts, advantages))
+"""
 FORWARD = 'my_model.apply({"params": params}, tokens)'
 V, D = 11, 8
 
@@ -99,6 +107,31 @@ def test_the_example_prints_ln_2_first_and_then_learns(make):
     assert names["state"].step == 12
 
 
-def test_the_example_is_the_readmes():
+@pytest.mark.parametrize("make", [linen, nnx_model, bare_dict])
+def test_the_online_example_raises_its_rewards(make):
+    """The verifier likes one token; the sampler draws completions of four tokens, each by itself."""
+    forward, names = make()
+    rng = np.random.default_rng(2)
+    prompts = np.repeat(rng.integers(0, V, (8, 3), np.int32), 4, axis=0)
+    liked, rewards = 5, []
+
+    def sample(params):
+        tokens = jnp.asarray(np.pad(prompts, ((0, 0), (0, 4))))
+        for place in range(3, 7):
+            logits = names["forward"](params, tokens)[:, place - 1]
+            drawn = rng.gumbel(size=logits.shape) + np.asarray(logits)
+            tokens = tokens.at[:, place].set(drawn.argmax(1).astype(np.int32))
+        mask = jnp.broadcast_to(jnp.arange(7) >= 3, tokens.shape)
+        found = ((tokens == liked) & mask).sum(1).astype(jnp.float32)
+        rewards.append(float(found.mean()))
+        return gvjax.Rollouts(tokens, mask, names["logps_fn"](params, tokens), found)
+
+    names |= {"preference_batches": [], "rounds": 40, "sample": sample}
+    exec(EXAMPLE.replace(FORWARD, forward).replace("5e-7", "0.05") + ONLINE, names)
+    assert np.mean(rewards[-5:]) > 2 * np.mean(rewards[:2])
+
+
+def test_the_examples_are_the_readmes():
     readme = pathlib.Path(__file__).parents[1].joinpath("README.md").read_text()
-    assert f"```python\n{EXAMPLE}```" in readme
+    for example in (EXAMPLE, ONLINE):
+        assert f"```python\n{example}```" in readme
