@@ -170,9 +170,10 @@ class Batches:
             raise ValueError(
                 f"packing is for demonstrations and pairs, and these are {examples.kind.__name__}; set packing to False"
             )
-        if examples.kind is UnpairedRow and batch_size < 2:
+        if examples.kind is UnpairedRow and min(batch_size, len(examples)) < 2:
             raise ValueError(
-                "unpaired rows need a batch_size of at least 2: each row's prompt is also paired with another row's completion"
+                "unpaired rows need a batch_size of at least 2, and there must be two: each row's prompt is also paired with"
+                " another row's completion"
             )
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         self.shuffle, self.drop_remainder = shuffle, drop_remainder
@@ -386,6 +387,9 @@ def _make_unpaired(batches: Batches, units: Units, every: Units, length: int):
     # Each prompt with the next row's completion, over the global batch: no process's share changes anybody's partner.
     real = [unit[0] for unit in every if unit]
     partner = dict(zip(real, real[1:] + real[:1]))
+    if len(real) == 1:
+        # What is left of an epoch: its own completion would make the KL that of the row itself.
+        partner = {real[0]: (real[0] + 1) % len(examples)}
     return UnpairedBatch(  # type: ignore[call-arg,unused-ignore]
         sequences=_sequences(examples, units, length),
         desirable=_values(examples.labels, units, np.bool_(False)),  # type: ignore[arg-type]

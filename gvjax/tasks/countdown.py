@@ -36,7 +36,8 @@ def _records(seed: int, count: int, num_numbers: int) -> Iterator[Record]:
     rng = np.random.default_rng(seed)
     seen: set[tuple] = set()
     while len(seen) < count:
-        numbers = (1 + rng.permutation(20)[:num_numbers]).tolist()
+        # In order: otherwise one puzzle could stand in two splits, its numbers in another order.
+        numbers = sorted((1 + rng.permutation(20)[:num_numbers]).tolist())
         solution = _random_expression(rng, numbers)
         target, _ = evaluate(solution)
         key = (tuple(numbers), target)

@@ -265,6 +265,26 @@ def test_pairs_carry_their_own_margin_and_completions():
                 assert each.decode(words, skip_special=False) == text + "<eos>"
 
 
+def test_an_unpaired_row_left_alone_meets_another_rows_completion():
+    rows = unpaired(5)
+    batches = Batches(
+        encoded(rows), batch_size=2, seed=0, shuffle=False, drop_remainder=False
+    )
+    alone = [
+        batch.kl_sequences
+        for batch in map(batches.batch_at, range(batches.batches_per_epoch))
+        if batch.weight.sum() == 1
+    ]
+    own = {row.prompt + row.completion for row in rows}
+    assert alone
+    for sequences in alone:
+        (b,) = np.flatnonzero(sequences.completion_mask.any(1))
+        words = ByteTokenizer().decode(sequences.tokens[b])
+        assert words not in own and words
+    with pytest.raises(ValueError, match="there must be two"):
+        Batches(encoded(unpaired(1)), batch_size=2, seed=0, drop_remainder=False)
+
+
 def test_unpaired_rows_meet_the_next_rows_completion():
     rows = unpaired(24)
     batches = Batches(encoded(rows, WIDE), batch_size=6, seed=1)

@@ -193,6 +193,18 @@ def test_countdown_records_are_solvable_and_not_given_away(num_numbers):
         assert record["target"] not in record["numbers"]
 
 
+def test_no_countdown_puzzle_stands_in_two_splits():
+    """Nor the same one with its numbers in another order."""
+    splits = [
+        {
+            (tuple(sorted(record["numbers"])), record["target"])
+            for record in countdown.examples(split, count=1000)
+        }
+        for split in ("train", "validation", "test")
+    ]
+    assert sum(map(len, splits)) == 1000 == len(set().union(*splits))
+
+
 def test_countdown_refuses_too_many_numbers():
     with pytest.raises(ValueError, match="num_numbers is 7; use 2 to 6"):
         list(countdown.examples("train", num_numbers=7))
