@@ -101,6 +101,10 @@ def chunked_token_logps(
 
     Returns:
       f32[B, T], nats, aligned to `tokens`; column 0 is 0.
+
+    Raises:
+      AssertionError: an array has another rank, dtype or length.
+      ValueError: chunk_size is not positive.
     """
     _check_rank(3, float, hidden=hidden)
     _check_rank(2, float, unembed=unembed)
@@ -179,7 +183,14 @@ def chunked_token_logps(
 def logps_from_logits(
     apply_fn: Callable[[Any, jax.Array], jax.Array],
 ) -> Callable[[Any, jax.Array], jax.Array]:
-    """Makes a LogpsFn of a plain forward pass `(params, tokens) -> logits`, an ApplyFn."""
+    """Makes a LogpsFn of a plain forward pass.
+
+    Args:
+      apply_fn: `(params, tokens int32[B, T]) -> logits [B, T, V]`, of token t + 1 at position t.
+
+    Returns:
+      `(params, tokens) -> f32[B, T]`, nats, aligned to tokens; 0 in column 0, which nothing predicts.
+    """
 
     def logps_fn(params: Any, tokens: jax.Array) -> jax.Array:
         return token_logps(apply_fn(params, tokens), tokens)

@@ -67,6 +67,9 @@ def make_adamw(
       weight_decay: >= 0, decoupled.
       max_grad_norm: > 0; infinity turns clipping off.
 
+    Raises:
+      ValueError: max_grad_norm is not positive.
+
     References:
       Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101.
     """

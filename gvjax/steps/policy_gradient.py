@@ -28,6 +28,7 @@ from gvjax.steps.core import make_train_step
 from gvjax.steps.sequences import (
     check_completions,
     check_floats,
+    check_kind,
     completion_logps,
     predicted_mask,
 )
@@ -162,6 +163,7 @@ def policy_gradient_objective(
     jax.eval_shape(loss, token, token, token, jax.ShapeDtypeStruct((2, 2), jnp.bool_))
 
     def objective(params: Params, batch: PolicyBatch):
+        check_kind(PolicyBatch, batch=batch)
         sequences = SequenceBatch(batch.tokens, batch.completion_mask)
         logps = completion_logps(logps_fn, params, sequences)
         mask = predicted_mask(sequences)

@@ -14,6 +14,7 @@ from gvjax.steps.policy_gradient import ratio_metrics
 from gvjax.steps.sequences import (
     check_completions,
     check_floats,
+    check_kind,
     completion_logps,
     predicted_mask,
 )
@@ -91,6 +92,7 @@ def ppo_objective(
     value_loss_of = functools.partial(clipped_value_loss, epsilon=value_epsilon)
 
     def objective(params: Params, batch: ActorCriticBatch):
+        check_kind(ActorCriticBatch, batch=batch)
         policy = batch.policy
         sequences = SequenceBatch(policy.tokens, policy.completion_mask)
         logps = completion_logps(logps_fn, params["policy"], sequences)

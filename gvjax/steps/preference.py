@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from gvjax.losses.contract import require_positive, try_out
 from gvjax.steps.core import make_train_step
 from gvjax.steps.sequences import (
     check_floats,
+    check_kind,
     flat,
     paired_lengths,
     paired_logps,
@@ -65,7 +66,7 @@ def make_preference_step(
       tx: optax transform.
       loss: takes the arrays it names (see `losses.arguments`) and returns f32[B].
       beta: > 0, bound to the loss if it has a `beta`, and the scale of the implicit rewards in the metrics; None
-        takes the loss's own, or 1 for a loss without one.
+        takes the loss's own, that of the first part which has one, or 1 for a loss without one.
       num_microbatches: see `make_train_step`.
 
     Raises:
@@ -107,6 +108,7 @@ def preference_objective(
     coupled = couples_rows(loss)
 
     def objective(params: Params, batch: PreferenceBatch):
+        check_kind(PreferenceBatch, batch=batch)
         if coupled and batch.weight is not None:
             raise ValueError(
                 f"the batch has row weights, but {_name(loss)} compares rows with each other and cannot weigh one; leave"
@@ -165,16 +167,26 @@ def with_beta(loss: PreferenceLoss, beta: float | None) -> tuple[PreferenceLoss,
     """The loss with beta bound, if it has one, and the beta of the implicit rewards."""
     if beta is not None:
         require_positive(beta=beta)
-    parameter = inspect.signature(loss).parameters.get("beta")
-    if parameter is None:
-        return loss, 1.0 if beta is None else beta
     if beta is not None:
-        return functools.partial(loss, beta=beta), beta
-    if parameter.default is parameter.empty:
-        raise ValueError(
-            f"{_name(loss)} has no default for beta; pass for example beta=0.1"
-        )
-    return loss, parameter.default
+        takes_one = "beta" in inspect.signature(loss).parameters
+        return functools.partial(loss, beta=beta) if takes_one else loss, beta
+    return loss, next(_own_betas(loss), 1.0)
+
+
+def _own_betas(loss: PreferenceLoss) -> Iterator[float]:
+    """Yields the betas that a loss, or each loss that it is made of, has by default or was bound to."""
+    parameter = inspect.signature(loss).parameters.get("beta")
+    if parameter is not None:
+        if parameter.default is parameter.empty:
+            raise ValueError(
+                f"{_name(loss)} has no default for beta; pass for example beta=0.1"
+            )
+        yield parameter.default
+        return
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    for part in getattr(loss, "parts", ()):
+        yield from _own_betas(part)
 
 
 def check_rowwise(values: jax.Array, rows: jax.Array, loss: PreferenceLoss) -> None:

@@ -14,6 +14,7 @@ from gvjax.steps.core import make_train_step
 from gvjax.steps.sequences import (
     by_pair,
     check_floats,
+    check_kind,
     check_sequences,
     flat,
     interleave,
@@ -84,6 +85,7 @@ def reward_objective(
         )
 
     def objective(params: Params, batch: PreferenceBatch):
+        check_kind(PreferenceBatch, batch=batch)
         chosen, rejected = paired_rewards(reward_fn, params, batch)
         both = interleave(batch.chosen, batch.rejected)
         sizes = sums_by_pair(batch, both.completion_mask * 1.0)

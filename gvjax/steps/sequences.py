@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -21,8 +22,9 @@ from gvjax.types import (
 
 
 def check_sequences(**batches: SequenceBatch) -> None:
-    """Checks ranks, shapes and dtypes of sequences, naming the array that is wrong."""
+    """Checks types, ranks, shapes and dtypes of sequences, naming what is wrong."""
     for name, batch in batches.items():
+        check_kind(SequenceBatch, **{name: batch})
         whole = {"tokens": int, "completion_mask": bool}
         if batch.segments is not None:
             whole["segments"] = int
@@ -31,6 +33,15 @@ def check_sequences(**batches: SequenceBatch) -> None:
             chex.assert_rank(array, 2, custom_message=message)
             chex.assert_type(array, dtype, custom_message=message)
             chex.assert_equal_shape([batch.tokens, array], custom_message=message)
+
+
+def check_kind(kind: type, **arguments: Any) -> None:
+    """Checks that arguments are of a type, naming the one that is not."""
+    for name, value in arguments.items():
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"argument {name} is a {type(value).__name__}; give a {kind.__name__}"
+            )
 
 
 def check_floats(like: jax.Array, **arrays: jax.Array | None) -> None:
@@ -64,9 +75,21 @@ def predicted_mask(batch: SequenceBatch) -> jax.Array:
 def completion_logps(
     logps_fn: LogpsFn | SharedPrompts, params: Params, batch: SequenceBatch
 ) -> jax.Array:
-    """f32[B, T]: log-probabilities of the completion tokens, nats, 0 elsewhere.
+    """Log-probabilities of the completion tokens.
 
     Packed sequences need a model that also takes `segments`. One that takes `scored` is told which tokens count.
+
+    Args:
+      logps_fn: the model; of `SharedPrompts`, rows are whole groups and each prompt is run once where that pays.
+      params: its parameters.
+      batch: tokens int32[B, T] and completion_mask bool[B, T].
+
+    Returns:
+      f32[B, T], nats; 0 where no completion token stands.
+
+    Raises:
+      AssertionError, TypeError: an array of the batch, or the batch itself, is of another type or shape.
+      ValueError: the model returned another shape, or the rows are no whole groups.
     """
     check_sequences(batch=batch)
     tokens, scored = jnp.asarray(batch.tokens), predicted_mask(batch)
@@ -129,7 +152,18 @@ def _shared_logps(
 def summed_logps(
     logps_fn: LogpsFn | SharedPrompts, params: Params, batch: SequenceBatch
 ) -> jax.Array:
-    """f32[B]: log-probability of each whole completion, nats; 0 for an empty one."""
+    """Log-probability of each whole completion.
+
+    Args:
+      logps_fn, params, batch: as in `completion_logps`, not packed.
+
+    Returns:
+      f32[B], nats; 0 for an empty completion.
+
+    Raises:
+      ValueError: the sequences are packed, or see `completion_logps`.
+    """
+    check_kind(SequenceBatch, batch=batch)
     if batch.segments is not None:
         raise ValueError(
             "these sequences are packed (they have `segments`), and a packed row has no log-probability of its own;"
@@ -161,6 +195,12 @@ def interleave(first: SequenceBatch, second: SequenceBatch) -> SequenceBatch:
     """Rows of two batches in turn, [2B, T], so that one forward pass serves both.
 
     In turn rather than one after the other: on a mesh every pair then stays on the device that holds it.
+
+    Args:
+      first, second: B rows each, [B, T1] and [B, T2]; T is the longer of both.
+
+    Raises:
+      ValueError: they have different numbers of rows.
     """
     check_sequences(first=first, second=second)
     if first.tokens.shape[0] != second.tokens.shape[0]:
@@ -182,10 +222,19 @@ def interleave(first: SequenceBatch, second: SequenceBatch) -> SequenceBatch:
 def paired_logps(
     logps_fn: LogpsFn | SharedPrompts, params: Params, batch: PreferenceBatch
 ) -> tuple[jax.Array, jax.Array]:
-    """(chosen f32[N], rejected f32[N]): log-probabilities of both completions of every pair, in one forward pass.
+    """Log-probabilities of both completions of every pair, in one forward pass.
 
-    N is B, or B · S where pairs are packed.
+    Args:
+      logps_fn, params: as in `completion_logps`.
+      batch: B pairs, or B rows of S packed ones.
+
+    Returns:
+      (chosen f32[N], rejected f32[N]), nats; N is B, or B · S where pairs are packed.
+
+    Raises:
+      ValueError: packed pairs do not say which of their segments are pairs, or see `completion_logps`.
     """
+    check_kind(PreferenceBatch, batch=batch)
     check_sequences(chosen=batch.chosen, rejected=batch.rejected)
     if batch.chosen.segments is not None:
         pairs_per_row(batch)
@@ -258,6 +307,10 @@ def with_ref_logps(
 
     Returns:
       A batch of the same type; no gradient flows into the new fields.
+
+    Raises:
+      TypeError: it is none of these.
+      ValueError: see `completion_logps`.
     """
     ref_params = jax.lax.stop_gradient(ref_params)
     if isinstance(batch, PreferenceBatch):

@@ -13,6 +13,7 @@ from gvjax.steps.core import make_train_step, split
 from gvjax.steps.preference import check_rowwise, with_beta
 from gvjax.steps.sequences import (
     check_floats,
+    check_kind,
     lengths,
     row_mean,
     row_weights,
@@ -94,6 +95,7 @@ def unpaired_objective(
     needs_kl = "kl" in arguments(loss, UNPAIRED_VOCABULARY)
 
     def objective(params: Params, batch: UnpairedBatch):
+        check_kind(UnpairedBatch, batch=batch)
         kl = reference_point(logps_fn, params, batch) if needs_kl else jnp.zeros(())
         return rows(params, (batch, _repeated(kl, batch)))
 
@@ -133,6 +135,7 @@ def make_unpaired_step(
     )
 
     def step(state: TrainState, batch: UnpairedBatch) -> tuple[TrainState, Metrics]:
+        check_kind(UnpairedBatch, batch=batch)
         kl = jnp.zeros(())
         if needs_kl:
             kl = reference_point(

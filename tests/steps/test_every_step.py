@@ -533,6 +533,17 @@ def test_a_batch_that_does_not_divide_is_refused(name):
         case.make(SGD, num_microbatches=3)(state, case.batch())
 
 
+@every_step
+def test_another_kind_of_batch_is_named(case):
+    state = gvjax.init_train_state(case.params, SGD)
+    right = type(case.batch())
+    kinds = (sequences(0), preference_batch())
+    wrong = next(each for each in kinds if not isinstance(each, right))
+    message = f"is a {type(wrong).__name__}; give a {right.__name__}"
+    with pytest.raises(TypeError, match=message):
+        case.make(SGD)(state, wrong)
+
+
 AT_REFERENCE = {
     "dpo": (gvjax.make_dpo_step, preference_batch, math.log(2)),
     "conservative": (
