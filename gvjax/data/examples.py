@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -24,6 +25,8 @@ from gvjax.data.schema import (
 from gvjax.data.sources import Rows
 from gvjax.data.templates import ChatTemplate
 from gvjax.data.tokenizer import TextTokenizer
+
+logger = logging.getLogger(__name__)
 
 Truncation = Literal["left", "right", "newline"]
 
@@ -319,6 +322,12 @@ def encode_rows(
     examples = [example for _, example in pairs]
     margins = [getattr(row, "margin", None) for row, _ in pairs]
     labels = [getattr(row, "label", None) for row, _ in pairs]
+    if 0 < (bare := margins.count(None)) < len(margins):
+        logger.warning(
+            "%d of %d rows have no margin, so none is used; drop these rows to keep the others'",
+            bare,
+            len(margins),
+        )
     identity = [
         rows.fingerprint,
         tokenizer.fingerprint,

@@ -242,10 +242,11 @@ def test_dtypes_and_fields():
     assert [(int(i),) for i in batch.rows] == batches.rows_at(2)
 
 
-def test_margins_are_kept_only_where_all_are_known():
+def test_margins_are_kept_only_where_all_are_known(caplog):
     rows = [PreferenceRow("a", "b", "c", 1.0), PreferenceRow("a", "d", "e")]
     examples = encoded(sources.from_rows(rows))
     assert Batches(examples, batch_size=2, seed=0).batch_at(0).margin is None
+    assert "1 of 2 rows have no margin, so none is used" in caplog.text
 
 
 def test_pairs_carry_their_own_margin_and_completions():
