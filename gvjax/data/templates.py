@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
 from gvjax.data import tokenizer as tokenizers
@@ -64,6 +66,17 @@ def _to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, which marks what the assistant says in training templates: what stands in it, as it is."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
 # A private-use character: it survives `trim`. Only renderings without the messages' words are searched for it, so words may
 # hold it, and no tokenizer ever sees it.
 _MARK = "\ue000"
@@ -74,7 +87,8 @@ _TRIMS: Sequence[Callable[[str], str]] = (str, str.strip, str.lstrip, str.rstrip
 class ChatTemplate:
     """A jinja2 chat template in a sandbox.
 
-    `strftime_now` is left undefined on purpose: with it the same row would have other ids tomorrow.
+    `tools` and `documents` are None, as in transformers where there are none. `strftime_now` is left undefined on purpose:
+    with it the same row would have other ids tomorrow.
 
     Args:
       source: the template.
@@ -88,7 +102,7 @@ class ChatTemplate:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols"],
+            extensions=["jinja2.ext.loopcontrols", _Generation],
         )
         environment.globals["raise_exception"] = _raise_exception
         environment.filters["tojson"] = _to_json
@@ -136,6 +150,8 @@ class ChatTemplate:
         try:
             return self._template.render(
                 messages=turns,
+                tools=None,
+                documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
             )

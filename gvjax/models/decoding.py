@@ -36,7 +36,17 @@ def init_cache(
       mesh: where given, batch is split over (data, fsdp) and heads over tensor.
       after: a cache that N prompts have filled. The rows of this one continue them, batch / N each, together: prompts are
         kept once, and read once for all rows that continue them.
+
+    Raises:
+      ValueError: the rows, with the prompts in front, are longer than the learned positions; those past the last would all
+        be taken for it.
     """
+    longest = length + (0 if after is None else after["positions"].shape[1])
+    if config.learned_positions is not None and longest > config.learned_positions:
+        raise ValueError(
+            f"sequences of {longest} tokens exceed learned_positions {config.learned_positions}; raise it, or ask for "
+            "shorter completions"
+        )
     shape = (batch, config.kv_heads, length, config.width)
 
     def empty():

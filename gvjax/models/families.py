@@ -31,6 +31,8 @@ _ACTIVATION_NAMES = {
 }
 RUNTIME = ("dtype", "remat", "scan_layers")
 """Fields of ModelConfig that say how it is run, not what it computes: no file holds them."""
+_WINDOWED = ("qwen", "gemma")
+"""How the model types begin that have a sliding window; the others have none, whatever else stands in the file."""
 
 
 class Source(NamedTuple):
@@ -85,7 +87,6 @@ _GEMMA_KEYS = {
     "query_scale": "query_pre_attn_scalar",
     "qkv_bias": "attention_bias",
     "output_bias": "attention_bias",
-    "attention_softcap": "attn_logit_softcapping",
     "logit_softcap": "final_logit_softcapping",
 }
 _LLAMA_DEFAULTS = {
@@ -169,7 +170,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(
         classes=("Gemma2", "Gemma2"),
         fixed=_GEMMA_FIXED,
-        keys=_GEMMA_KEYS,
+        keys={**_GEMMA_KEYS, "attention_softcap": "attn_logit_softcapping"},
         defaults={
             **_GEMMA_DEFAULTS,
             "head_dim": 256,
@@ -189,7 +190,6 @@ FAMILIES: dict[str, Family] = {
             **_GEMMA_DEFAULTS,
             "head_dim": 256,
             "query_pre_attn_scalar": 256,
-            "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
             "sliding_window": 4096,
             "sliding_window_pattern": 6,
@@ -282,6 +282,12 @@ def model_config(hf_config: Mapping[str, Json], **runtime: Any) -> ModelConfig:
         raise ValueError(
             "use_bidirectional_attention is true; this decoder is causal, so it would compute something else"
         )
+    softcap = given.get("attn_logit_softcapping")
+    if softcap is not None and "attention_softcap" not in family.keys:
+        raise ValueError(
+            f"attn_logit_softcapping is {softcap}, which transformers ignores in a {given['model_type']}; set it to null "
+            "in config.json if the model was trained without"
+        )
     settings = {field: given[key] for field, key in family.keys.items()}
     if settings["activation"] not in _ACTIVATIONS:
         raise ValueError(
@@ -353,6 +359,8 @@ def _written(config: ModelConfig, model_type: str, family: Family) -> dict[str, 
         written["rotary_pct"] = config.rope_fraction
         return written
     written["rope_theta"] = config.rope_theta
+    if not model_type.startswith(_WINDOWED):
+        return written
     if config.sliding_window is not None:
         written["sliding_window"] = config.sliding_window
         written["layer_types"] = [
@@ -396,19 +404,19 @@ def _meaning(config: ModelConfig) -> dict[str, Any]:
 def _window(given: Mapping[str, Json]) -> dict[str, Any]:
     """sliding_window and global_every, from layer_types or from what older files say instead."""
     window, layers = given.get("sliding_window"), given["num_hidden_layers"]
-    is_qwen = given["model_type"].startswith("qwen")
-    if window is None or (is_qwen and not given.get("use_sliding_window")):
+    model_type = given["model_type"]
+    is_qwen = model_type.startswith("qwen")
+    if window is None or not model_type.startswith(_WINDOWED):
+        return {}
+    if is_qwen and not given.get("use_sliding_window"):
         return {}
     types = given.get("layer_types")
     if types is None and is_qwen:
         first = given.get("max_window_layers", 28)
         local = [layer >= first for layer in range(layers)]
-    elif types is None and "sliding_window_pattern" in given:
+    elif types is None:
         every = given["sliding_window_pattern"]
         local = [(layer + 1) % every != 0 for layer in range(layers)]
-    elif types is None:
-        # Llama and GPT-NeoX have no window, whatever else stands in the file.
-        return {}
     else:
         unknown = set(types) - {"sliding_attention", "full_attention"}
         if unknown or len(types) != layers:

@@ -13,7 +13,7 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -103,6 +103,8 @@ def save_policy(
     params: Params,
     *,
     source: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    token_ids: Mapping[str, Json] | None = None,
     dtype: Dtype = "float32",
     shard_bytes: int = 5_000_000_000,
 ) -> None:
@@ -113,25 +115,30 @@ def save_policy(
       config: what `params` are of; its family is found from its switches.
       params: as `transformer.init` lays them out. Merge adapters into them first: `lora.merge`.
       source: what the model was made from: its tokenizer, token ids and context length are taken over.
+      tokenizer: where another tokenizer's files are, which then come along in place of the source's.
+      token_ids: `bos_token_id`, `eos_token_id` (an id or a list) or `pad_token_id` where the source's are not the model's;
+        config.json and generation_config.json say these.
       dtype: of the tensors written.
       shard_bytes: above this size weights are written as several files.
 
     Raises:
       ValueError: no family can express the config, the parameters are not its, or the directory holds weights.
     """
-    written = _exported_config(config, source, dtype, head="CausalLM")
+    written = _exported_config(config, source, token_ids, dtype, head="CausalLM")
     _save(
         directory,
         config,
         params,
         transformer.init_shapes(config),
         written,
-        source,
+        tokenizer or source,
         dtype,
         shard_bytes,
     )
     if source is not None:
         _copy_files(resolve(source), Path(directory), ("generation_config.json",))
+    if token_ids:
+        _update_json(Path(directory) / "generation_config.json", token_ids)
 
 
 def save_reward_model(
@@ -143,6 +150,8 @@ def save_reward_model(
     pad_id: int,
     drop_bias: bool = False,
     source: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    token_ids: Mapping[str, Json] | None = None,
     dtype: Dtype = "float32",
     shard_bytes: int = 5_000_000_000,
 ) -> None:
@@ -152,7 +161,8 @@ def save_reward_model(
     with that id; an empty completion, which we give 0, it scores like any other text.
 
     Args:
-      directory, config, source, dtype, shard_bytes: as for `save_policy`.
+      directory, config, source, tokenizer, token_ids, dtype, shard_bytes: as for `save_policy`; there is no
+        generation_config.json.
       params: as `heads.init` lays them out.
       pooling: what the model was trained with; only "last" can be expressed there.
       pad_id: written as the padding id, and made the tokenizer's padding token; never an EOS.
@@ -160,7 +170,8 @@ def save_reward_model(
         comparisons stay as they are.
 
     Raises:
-      ValueError: as for `save_policy`; or pooling, padding id or bias would change the answers.
+      ValueError: as for `save_policy`; or pooling, padding id or bias would change the answers, or the tokenizer has no
+        such padding id.
     """
     if pooling != "last":
         raise ValueError(
@@ -177,7 +188,9 @@ def save_reward_model(
             f"the head has the bias {bias:g}, which a sequence classifier of transformers has no place for; with "
             "drop_bias=True the export's rewards are lower by it"
         )
-    written = _exported_config(config, source, dtype, head="SequenceClassification")
+    written = _exported_config(
+        config, source, token_ids, dtype, head="SequenceClassification"
+    )
     ends = written["eos_token_id"]
     if pad_id in (ends if isinstance(ends, list) else [ends]):
         raise ValueError(
@@ -185,9 +198,13 @@ def save_reward_model(
             "take an id that ends no completion, such as that of an unused special token"
         )
     written["pad_token_id"] = pad_id
+    words = tokenizer or source
+    places = [Path(directory)] if words is None else [resolve(words), Path(directory)]
+    pad_token = _text_of(pad_id, places)
     shapes = jax.eval_shape(lambda: heads.init(jax.random.key(0), config))
-    _save(directory, config, params, shapes, written, source, dtype, shard_bytes)
-    _set_padding_token(Path(directory), pad_id)
+    _save(directory, config, params, shapes, written, words, dtype, shard_bytes)
+    if pad_token is not None:
+        _set_padding_token(Path(directory), pad_token)
 
 
 def resolve(path_or_id: str | os.PathLike[str]) -> Path:
@@ -215,11 +232,6 @@ def resolve(path_or_id: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"{name} is no local path and could not be had from the hub: {error}"
         ) from error
-
-
-def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Copies the files of a directory's tokenizer, as far as it has them."""
-    _copy_files(source, directory, TOKENIZER_FILES)
 
 
 def read_config(path: Path) -> dict[str, Json]:
@@ -405,12 +417,14 @@ def _matrix(
 def _exported_config(
     config: ModelConfig,
     source: str | os.PathLike[str] | None,
+    token_ids: Mapping[str, Json] | None,
     dtype: Dtype,
     *,
     head: str,
 ) -> dict[str, Json]:
     written = families.hf_config(config)
     original = {} if source is None else read_config(resolve(source))
+    original |= token_ids or {}
     for key in _CARRIED:
         if key in original or key.endswith("_id"):
             # null, where it is not known: the family's default would be another model's.
@@ -434,7 +448,7 @@ def _save(
     params: Params,
     shapes: Params,
     written: dict[str, Json],
-    source: str | os.PathLike[str] | None,
+    tokenizer: str | os.PathLike[str] | None,
     dtype: Dtype,
     shard_bytes: int,
 ) -> None:
@@ -470,8 +484,8 @@ def _save(
     flush()
     _name_shards(directory, shards)
     (directory / "config.json").write_text(json.dumps(written, indent=2) + "\n")
-    if source is not None:
-        copy_tokenizer(resolve(source), directory)
+    if tokenizer is not None:
+        _copy_files(resolve(tokenizer), directory, TOKENIZER_FILES)
 
 
 def _check_params(params: Params, shapes: Params) -> None:
@@ -541,14 +555,33 @@ def _copy_files(source: Path, directory: Path, names: tuple[str, ...]) -> None:
             shutil.copyfile(source / name, directory / name)
 
 
-def _set_padding_token(directory: Path, pad_id: int) -> None:
-    """Makes the tokenizer pad with what the classifier skips; with another token it would be scored as text."""
-    file = directory / "tokenizer_config.json"
-    if not file.exists() or not (directory / "tokenizer.json").exists():
-        return
-    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+def _text_of(pad_id: int, places: list[Path]) -> str | None:
+    """The token of an id by the first of some directories that has a tokenizer; None where none has one."""
+    files = [place / "tokenizer.json" for place in places]
+    file = next((each for each in files if each.is_file()), None)
+    if file is None:
+        return None
+    tokenizer = json.loads(file.read_text("utf-8"))
     tokens = {index: token for token, index in tokenizer["model"]["vocab"].items()}
     tokens |= {each["id"]: each["content"] for each in tokenizer["added_tokens"]}
-    settings = json.loads(file.read_text())
-    settings["pad_token"] = tokens[pad_id]
-    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    if pad_id not in tokens:
+        raise ValueError(
+            f"pad_id is {pad_id}, which is no token of {file}, so no text could be padded with it; take the id of a token "
+            "that ends no completion, or add one there"
+        )
+    return tokens[pad_id]
+
+
+def _set_padding_token(directory: Path, token: str) -> None:
+    """Makes the tokenizer pad with what the classifier skips; with another token it would be scored as text."""
+    # The older of the two comes first in transformers, where the newer does not list the added tokens.
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (directory / name).exists():
+            _update_json(directory / name, {"pad_token": token})
+
+
+def _update_json(file: Path, changes: Mapping[str, Json]) -> None:
+    """Sets keys of a JSON file, which is made where there is none."""
+    held = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    text = json.dumps({**held, **changes}, indent=2, ensure_ascii=False)
+    file.write_text(text + "\n", "utf-8")

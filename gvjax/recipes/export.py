@@ -1,7 +1,10 @@
 """What a run made, as a directory of transformers; and weights from elsewhere as such a directory."""
 
+import contextlib
 import json
 import pathlib
+import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -20,8 +23,8 @@ def export(
 ) -> str:
     """Writes the policy of a finished run as a CausalLM, or its reward model as a ForSequenceClassification.
 
-    Adapters were merged when the run ended. Tokenizer files are those of the checkpoint that the run began with, with
-    the run's chat template where its config named one.
+    Adapters were merged when the run ended. Tokenizer files are those that the run read, with its chat template where its
+    config named one; all ids at which its completions end are in config.json and generation_config.json.
 
     Args:
       run_dir: of a finished run.
@@ -37,20 +40,29 @@ def export(
       ConfigError: the run made nothing to export, or transformers has no model that computes the same.
     """
     done, directory = single.finished(run_dir), pathlib.Path(directory)
-    checkpoint = done.ground.checkpoint
-    section = done.settings.settings
-    with config.refusing(f"{run_dir} cannot be exported"):
+    section, task = done.settings.settings, done.settings.task
+    named = task.tokenizer if isinstance(task, config.DatasetSection) else None
+    with (
+        config.refusing(f"{run_dir} cannot be exported"),
+        _files_of(named or done.ground.checkpoint) as tokenizer,
+    ):
         if isinstance(section, config.RewardSection):
-            said = _export_reward_model(done, directory, dtype, pad_token)
+            said = _export_reward_model(done, directory, tokenizer, dtype, pad_token)
         elif pad_token is not None:
             raise ValueError(
                 f"--pad-token is given, but recipe {section.recipe} made a policy; it is for reward models"
             )
         else:
-            model, policy = done.ground.model, done.policy()
-            hf.save_policy(directory, model, policy, source=checkpoint, dtype=dtype)
+            hf.save_policy(
+                directory,
+                done.ground.model,
+                done.policy(),
+                source=done.ground.checkpoint,
+                tokenizer=tokenizer,
+                token_ids=_token_ids(done, tokenizer),
+                dtype=dtype,
+            )
             said = f"policy of recipe {section.recipe} written to {directory}"
-            _write_tokenizer(checkpoint, directory)
     _write_template(done.settings.task, directory)
     return said
 
@@ -62,27 +74,28 @@ def convert(source: str, directory: pathlib.Path | str) -> str:
       ConfigError: it cannot be read, or the directory holds weights already.
     """
     directory = pathlib.Path(directory)
-    with config.refusing(f"{source} cannot be imported"):
+    with (
+        config.refusing(f"{source} cannot be imported"),
+        _files_of(source) as tokenizer,
+    ):
         model, params = hf.load_policy(source)
-        hf.save_policy(directory, model, params, source=source)
-        _write_tokenizer(source, directory)
+        hf.save_policy(directory, model, params, source=source, tokenizer=tokenizer)
     return f"{source} written to {directory}"
 
 
 def _export_reward_model(
     done: single.Finished,
     directory: pathlib.Path,
+    tokenizer: pathlib.Path | None,
     dtype: hf.Dtype,
     pad_token: str | None,
 ) -> str:
-    found, checkpoint = done.reward_model(), done.ground.checkpoint
-    if checkpoint is None:
+    found = done.reward_model()
+    if tokenizer is None:
         raise ValueError(
-            "its model did not start from a checkpoint, so there is no tokenizer to go with it"
+            "its task has no tokenizer, and its model no checkpoint to take one from"
         )
-    # Written before the weights: which token pads is read from there.
-    _write_tokenizer(checkpoint, directory, copy=True)
-    pad_id = _padding(directory, pad_token)
+    pad_id = _padding(tokenizer, pad_token)
     bias = float(np.asarray(found.params["head"]["bias"])[0])
     hf.save_reward_model(
         directory,
@@ -91,7 +104,9 @@ def _export_reward_model(
         pooling=found.pooling,
         pad_id=pad_id,
         drop_bias=True,
-        source=checkpoint,
+        source=done.ground.checkpoint,
+        tokenizer=tokenizer,
+        token_ids=_token_ids(done, tokenizer),
         dtype=dtype,
     )
     moved = f"; its rewards are lower by the head's bias, {bias:g}" if bias else ""
@@ -122,18 +137,34 @@ def _padding(directory: pathlib.Path, pad_token: str | None) -> int:
     return max(free)
 
 
-def _write_tokenizer(
-    source: str | None, directory: pathlib.Path, *, copy: bool = False
-) -> None:
-    """The tokenizer of a .gguf file, which holds it in another form; of a directory only if `copy`."""
-    if source is None:
+@contextlib.contextmanager
+def _files_of(tokenizer: str | None) -> Iterator[pathlib.Path | None]:
+    """A directory with a tokenizer's files: a temporary one for a .gguf file, which holds it in another form."""
+    path = None if tokenizer is None else hf.resolve(tokenizer)
+    if path is None or path.suffix != ".gguf":
+        yield path
         return
-    path = hf.resolve(source)
-    if path.suffix == ".gguf":
-        weights.save_gguf_tokenizer(path, directory)
-    elif copy:
-        directory.mkdir(parents=True, exist_ok=True)
-        hf.copy_tokenizer(path, directory)
+    with tempfile.TemporaryDirectory() as scratch:
+        weights.save_gguf_tokenizer(path, pathlib.Path(scratch))
+        yield pathlib.Path(scratch)
+
+
+def _token_ids(
+    done: single.Finished, tokenizer: pathlib.Path | None
+) -> dict[str, hf.Json]:
+    """What a dataset's tokenizer says of ids; of a checkpoint's own only the EOS, which may stand in any of its files."""
+    task = done.settings.task
+    if tokenizer is None or not isinstance(task, config.DatasetSection):
+        return {}
+    tokens = Tokenizer(tokenizer)
+    ends = sorted(tokens.eos_ids)
+    ids: dict[str, hf.Json] = {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+    if task.tokenizer != done.ground.checkpoint:
+        # An EOS that pads is no padding id: transformers would not train its embedding.
+        pads = tokens.pad_id not in tokens.eos_ids
+        ids["bos_token_id"] = tokens.bos_id
+        ids["pad_token_id"] = tokens.pad_id if pads else None
+    return ids
 
 
 def _write_template(task: config.AnyTask, directory: pathlib.Path) -> None:

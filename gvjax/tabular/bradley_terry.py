@@ -99,7 +99,9 @@ def fit(
     differences = (features[data.first] - features[data.second])[compared]
     # Coordinates in which the comparisons have no flat direction; what is lost is orthogonal and stays 0.
     _, scales, rows = np.linalg.svd(differences, full_matrices=False)
-    basis = rows[scales > 1e-10 * scales.max()]
+    basis = rows[scales > 1e-10 * scales.max(initial=0.0)]
+    if not len(basis):
+        return np.zeros(features.shape[1])
     design = differences @ basis.T
 
     def loss(theta: np.ndarray) -> float:

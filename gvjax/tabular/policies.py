@@ -43,9 +43,18 @@ def conditionals(tree: Tree, logps: np.ndarray) -> np.ndarray:
     """f64[..., S, V]: the token policy whose completions have these log-probabilities [..., N].
 
     log π(a | s) = log P(pass through sa) − log P(pass through s): any distribution over completions is
-    autoregressive.
+    autoregressive. Of one that never reaches a state several token policies are, and none is chosen.
+
+    Raises:
+      ValueError: a state has probability 0.
     """
     states = state_logps(tree, logps)
+    unreached = np.isneginf(states).reshape(-1, len(tree.states)).any(axis=0)
+    if unreached.any():
+        raise ValueError(
+            f"no completion that begins with {tree.states[unreached.argmax()]} has a probability above 0, so nothing says how "
+            "likely its next token is; give one of them some"
+        )
     child = tree.children
     below = np.where(
         child >= 0,

@@ -150,6 +150,25 @@ def test_a_template_may_trim_the_assistant_alone(bpe):
     assert bpe.decode(completion) == "yes"
 
 
+def test_what_a_training_template_marks_is_rendered_as_it_is(bpe):
+    """As in those of TRL: the tag says what the assistant wrote, and what is set in it stays in it."""
+    marked = ChatTemplate(
+        "{% set mark = 'a' %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{%- if m.role == 'assistant' %}{% generation %}{% set mark = 'b' %}"
+        "{{ m.content }}<|im_end|>{% endgeneration %}{{ mark }}\n"
+        "{%- else %}{{ m.content }}<|im_end|>\n{%- endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    assert marked.render([USER, REPLY]) == (
+        "<|im_start|>user" + USER.content + "<|im_end|>"
+        "<|im_start|>assistantParis.<|im_end|>a"
+    )
+    _, completion = encode(marked, bpe, [USER], [REPLY])
+    assert completion == [*bpe.encode("Paris."), bpe.eos_id]
+    with pytest.raises(ValueError, match="not valid jinja2, line 2"):
+        ChatTemplate("\n{% generation %}{{ messages }}")
+
+
 def test_a_template_that_rewrites_messages_is_refused(bpe):
     template = ChatTemplate(
         "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
@@ -187,6 +206,8 @@ def test_what_transformers_offers_to_templates():
         ChatTemplate("{% for i in [1, 2] %}{{ i }}{% break %}{% endfor %}").render([])
         == "1"
     )
+    given = "{{ tools is none and documents is none and tools is defined }}"
+    assert ChatTemplate(given).render([]) == "True"
     # Rendering must not depend on the day.
     assert ChatTemplate("{{ strftime_now is defined }}").render([]) == "False"
 

@@ -241,6 +241,10 @@ def test_tokenizer_files_come_along_and_pad_with_what_the_classifier_skips(tmp_p
     (source / "tokenizer_config.json").write_text(
         json.dumps({"pad_token": "</s>", "eos_token": "</s>"})
     )
+    # Written by older versions, and read by newer ones where the other file does not list the added tokens.
+    (source / "special_tokens_map.json").write_text(
+        json.dumps({"pad_token": {"content": "</s>", "special": True}})
+    )
     (source / "chat_template.jinja").write_text("{{ messages }}")
     config, policy = loaded("llama")
     hf.save_policy(tmp_path / "policy", config, policy, source=source)
@@ -253,6 +257,38 @@ def test_tokenizer_files_come_along_and_pad_with_what_the_classifier_skips(tmp_p
         assert json.loads((tmp_path / out / "tokenizer.json").read_text()) == tokenizer
         settings = json.loads((tmp_path / out / "tokenizer_config.json").read_text())
         assert settings == {"pad_token": pad, "eos_token": "</s>"}
+    older = json.loads((tmp_path / "reward" / "special_tokens_map.json").read_text())
+    assert older == {"pad_token": "<pad>"}
+    # Refused before anything is written, so that it can be tried again.
+    with pytest.raises(
+        ValueError, match=r"pad_id is 22, which is no token of .*source"
+    ):
+        hf.save_reward_model(
+            tmp_path / "other", config, params, pooling="last", pad_id=22, source=source
+        )
+    assert not (tmp_path / "other").exists()
+
+
+def test_another_tokenizer_comes_along_with_its_ids(tmp_path):
+    source, other = tmp_path / "source", tmp_path / "other"
+    shutil.copytree(GOLDEN / "hf" / "llama", source)
+    other.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    (source / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 2, "temperature": 0.6})
+    )
+    (other / "tokenizer.json").write_text('{"another": 1}')
+    config, policy = loaded("llama")
+    ids = {"bos_token_id": None, "eos_token_id": [5, 7], "pad_token_id": 6}
+    for name, options in (("with", {"source": source}), ("without", {})):
+        out = tmp_path / name
+        hf.save_policy(out, config, policy, tokenizer=other, token_ids=ids, **options)
+        assert (out / "tokenizer.json").read_text() == '{"another": 1}'
+        written = json.loads((out / "config.json").read_text())
+        assert {key: written[key] for key in ids} == ids
+        generation = json.loads((out / "generation_config.json").read_text())
+        assert {**generation, **ids} == generation
+        assert ("temperature" in generation) == (name == "with")
 
 
 @pytest.mark.parametrize(
@@ -298,6 +334,38 @@ def test_exports_that_cannot_be_are_refused(tmp_path):
     hf.save_policy(tmp_path, config, params)
     with pytest.raises(ValueError, match=r"already holds model\.safetensors"):
         hf.save_policy(tmp_path, config, params)
+
+
+_GEMMA = {
+    "norm_plus_one": True,
+    "post_norms": True,
+    "scale_embedding": True,
+    "activation": "gelu_tanh",
+}
+
+
+@pytest.mark.parametrize(
+    "switches, message",
+    [
+        ({"sliding_window": 3}, "qwen2 comes closest, but not with qkv_bias=False"),
+        (
+            {**_GEMMA, "qk_norm": True, "attention_softcap": 50.0, "rope_scale": 8.0},
+            "gemma2 comes closest, but not with qk_norm=True",
+        ),
+    ],
+)
+def test_what_transformers_would_ignore_is_not_written(switches, message):
+    """Llama has no window there, and Gemma 3 no cap on attention, though their config.json could say so."""
+    config = ModelConfig(9, 8, num_layers=2, num_heads=2, mlp_dim=8, **switches)
+    with pytest.raises(ValueError, match=message):
+        families.hf_config(config)
+
+
+def test_a_window_in_the_config_of_a_llama_is_passed_over():
+    types = ["sliding_attention"] * _KV["num_hidden_layers"]
+    window = {"sliding_window": 3, "layer_types": types}
+    config = {"model_type": "llama", **_KV}
+    assert families.model_config({**config, **window}) == families.model_config(config)
 
 
 # config.json of transformers 4.x, as published, beside what 5.x writes.
@@ -408,6 +476,10 @@ def test_both_layouts_of_config_json_are_one_config(model_type):
         (
             {"model_type": "gemma2", "use_bidirectional_attention": True},
             "this decoder is causal",
+        ),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping is 50.0, which transformers ignores in a gemma3_text",
         ),
         ({"intermediate_size": None}, "mlp_dim is None"),
     ],

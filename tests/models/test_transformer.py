@@ -126,6 +126,17 @@ def test_a_cache_too_short_for_the_prompt_is_refused():
         decode(params_of(BASE), tokens_of(1, 5), jnp.arange(5)[None], cache)
 
 
+def test_a_cache_beyond_the_learned_positions_is_refused():
+    """As a sequence of that length is: every token past the last position would be taken for that one."""
+    config = dataclasses.replace(BASE, learned_positions=6)
+    with pytest.raises(ValueError, match="sequences of 7 tokens exceed learned_pos"):
+        decoding.init_cache(config, 1, 7)
+    prompts = decoding.init_cache(config, 1, 4)
+    decoding.init_cache(config, 2, 2, after=prompts)
+    with pytest.raises(ValueError, match="sequences of 7 tokens exceed learned_pos"):
+        decoding.init_cache(config, 2, 3, after=prompts)
+
+
 CHANGES = {
     "vocab_size": {"vocab_size": 13},
     "embed_dim": {"embed_dim": 24},

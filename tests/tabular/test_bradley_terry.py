@@ -61,6 +61,19 @@ def test_fit_is_the_maximum_a_general_optimiser_finds(ridge):
     assert loss(fitted) <= found.fun + 1e-14
 
 
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_what_no_comparison_touches_stays_at_0(ridge):
+    features = np.array([[1.0, 2.0], [1.0, 2.0], [0.0, 5.0]])
+    alike = wins_only([(0, 1)])
+    np.testing.assert_array_equal(
+        bradley_terry.fit(features, alike, ridge=ridge), [0.0, 0.0]
+    )
+    none = dataclasses.replace(alike, wins=np.zeros(1))
+    np.testing.assert_array_equal(
+        bradley_terry.fit(features, none, ridge=ridge), [0.0, 0.0]
+    )
+
+
 def test_negative_log_likelihood_by_hand():
     data = bradley_terry.Comparisons(
         np.array([0]), np.array([1]), np.array([3.0]), np.array([1.0])

@@ -77,6 +77,20 @@ def test_conditionals_invert_completion_logps(vocabulary, horizon, eos):
     np.testing.assert_allclose(single, policy[1], atol=1e-12)
 
 
+def test_a_state_that_is_never_reached_has_no_conditionals():
+    tree = tabular.token_tree(3, 2, eos=0)
+    probabilities = np.array([float(leaf[0] == 0) for leaf in tree.leaves])
+    probabilities[tree.leaves.index((1, 2))] = 1.0
+    with np.errstate(divide="ignore"):
+        logps = np.log(probabilities / probabilities.sum())
+    with pytest.raises(ValueError, match=r"begins with \(2,\) has a probability above"):
+        tabular.conditionals(tree, logps)
+    # A completion that never comes is no obstacle in a state that does.
+    logps[tree.leaves.index((2, 1))] = np.log(0.5)
+    policy = tabular.conditionals(tree, logps)
+    assert policy[tree.states.index((2,)), 0] == -np.inf
+
+
 def test_divergences_by_hand():
     half, skew = np.log([0.5, 0.5]), np.log([0.25, 0.75])
     np.testing.assert_allclose(tabular.kl(half, skew), 0.5 * np.log(4 / 3), rtol=1e-12)
