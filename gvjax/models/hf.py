@@ -9,10 +9,12 @@ have a place in the model: a checkpoint that half fits is an error that names wh
     hf.save_policy("out", config, params, source="path/to/SmolLM2-135M")
 """
 
+import contextlib
 import importlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,7 +28,13 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from gvjax.models import families, heads, transformer
 from gvjax.models.config import ModelConfig
 from gvjax.models.families import Family, Json, Source
-from gvjax.models.weights import BUFFERS, Gguf, Safetensors, Weights
+from gvjax.models.weights import (
+    BUFFERS,
+    Gguf,
+    Safetensors,
+    Weights,
+    save_gguf_tokenizer,
+)
 from gvjax.types import Params
 
 Dtype = Literal["float32", "bfloat16"]
@@ -232,6 +240,22 @@ def resolve(path_or_id: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"{name} is no local path and could not be had from the hub: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def tokenizer_files(path_or_id: str | os.PathLike[str]) -> Iterator[Path]:
+    """A directory with the files of a tokenizer: a temporary one for a .gguf file, which holds it in another form.
+
+    Args:
+      path_or_id: as for `resolve`.
+    """
+    path = resolve(path_or_id)
+    if path.suffix != ".gguf":
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        save_gguf_tokenizer(path, Path(scratch))
+        yield Path(scratch)
 
 
 def read_config(path: Path) -> dict[str, Json]:

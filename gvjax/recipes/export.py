@@ -3,14 +3,12 @@
 import contextlib
 import json
 import pathlib
-import tempfile
-from collections.abc import Iterator
 
 import numpy as np
 
 from gvjax import config
 from gvjax.data.tokenizer import Tokenizer
-from gvjax.models import hf, weights
+from gvjax.models import hf
 from gvjax.recipes import single
 
 
@@ -42,10 +40,12 @@ def export(
     done, directory = single.finished(run_dir), pathlib.Path(directory)
     section, task = done.settings.settings, done.settings.task
     named = task.tokenizer if isinstance(task, config.DatasetSection) else None
-    with (
-        config.refusing(f"{run_dir} cannot be exported"),
-        _files_of(named or done.ground.checkpoint) as tokenizer,
-    ):
+    named = named or done.ground.checkpoint
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(config.refusing(f"{run_dir} cannot be exported"))
+        tokenizer = None
+        if named is not None:
+            tokenizer = stack.enter_context(hf.tokenizer_files(named))
         if isinstance(section, config.RewardSection):
             said = _export_reward_model(done, directory, tokenizer, dtype, pad_token)
         elif pad_token is not None:
@@ -76,7 +76,7 @@ def convert(source: str, directory: pathlib.Path | str) -> str:
     directory = pathlib.Path(directory)
     with (
         config.refusing(f"{source} cannot be imported"),
-        _files_of(source) as tokenizer,
+        hf.tokenizer_files(source) as tokenizer,
     ):
         model, params = hf.load_policy(source)
         hf.save_policy(directory, model, params, source=source, tokenizer=tokenizer)
@@ -135,18 +135,6 @@ def _padding(directory: pathlib.Path, pad_token: str | None) -> int:
             " tokenizer.json within the model's vocabulary"
         )
     return max(free)
-
-
-@contextlib.contextmanager
-def _files_of(tokenizer: str | None) -> Iterator[pathlib.Path | None]:
-    """A directory with a tokenizer's files: a temporary one for a .gguf file, which holds it in another form."""
-    path = None if tokenizer is None else hf.resolve(tokenizer)
-    if path is None or path.suffix != ".gguf":
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        weights.save_gguf_tokenizer(path, pathlib.Path(scratch))
-        yield pathlib.Path(scratch)
 
 
 def _token_ids(

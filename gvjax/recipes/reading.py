@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import pathlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -24,7 +23,7 @@ from gvjax.data import (
     tokenizer,
 )
 from gvjax.data.examples import Examples, LengthPolicy, encode_rows
-from gvjax.models import heads, hf, weights
+from gvjax.models import heads, hf
 from gvjax.recipes.dataset import Dataset, Judge, RowPrompts, Table
 from gvjax.recipes.rows import sequences
 from gvjax.tasks.task import Completions, Prompts, Split
@@ -70,11 +69,7 @@ def encoding_of(section: config.DatasetSection) -> Encoding:
     """The tokenizer, template and lengths of a dataset."""
     if section.tokenizer is None:
         raise config.ConfigError("task.tokenizer is not given; name a directory")
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = hf.resolve(section.tokenizer)
-        if directory.suffix == ".gguf":
-            weights.save_gguf_tokenizer(directory, pathlib.Path(scratch))
-            directory = pathlib.Path(scratch)
+    with hf.tokenizer_files(section.tokenizer) as directory:
         found = tokenizer.Tokenizer(directory)
         template = templates.ChatTemplate.from_directory(
             directory, found.special_tokens
