@@ -22,6 +22,29 @@ def _groups(rewards: jax.Array, group_size: int, smallest: int) -> jax.Array:
     return masked.at_least_float32(rewards).reshape(-1, group_size)
 
 
+def _centred(groups: jax.Array) -> jax.Array:
+    """Each row less its mean, and exactly 0 where the row is all equal: the mean of equal floats may round."""
+    groups = groups - groups[:, :1]
+    return groups - jnp.mean(groups, axis=1, keepdims=True)
+
+
+def mean_baseline(rewards: jax.Array) -> jax.Array:
+    """REINFORCE's advantages: each reward less the mean of the batch.
+
+        A_i = R_i − (1/B) Σ_j R_j
+
+    Args:
+      rewards: f32[B].
+
+    Returns:
+      f32[B]; it sums to 0.
+
+    References:
+      Williams, 1992, with the mean reward as baseline.
+    """
+    return _centred(_groups(rewards, rewards.size, 1)).reshape(-1)
+
+
 def leave_one_out(rewards: jax.Array, group_size: int) -> jax.Array:
     """RLOO's advantages: each reward less the mean of the others of its prompt.
 
@@ -38,8 +61,7 @@ def leave_one_out(rewards: jax.Array, group_size: int) -> jax.Array:
       Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740, Eq. 8.
     """
     groups = _groups(rewards, group_size, 2)
-    centred = groups - jnp.mean(groups, axis=1, keepdims=True)
-    return (centred * (group_size / (group_size - 1))).reshape(-1)
+    return (_centred(groups) * (group_size / (group_size - 1))).reshape(-1)
 
 
 def group_relative(
@@ -56,7 +78,7 @@ def group_relative(
       rewards: f32[B], the `group_size` completions of one prompt in consecutive rows.
       group_size: k >= 2, dividing B.
       scale: divide by the group's standard deviation.
-      epsilon: > 0, keeps groups of equal rewards at 0.
+      epsilon: > 0, keeps groups of equal rewards from 0/0.
 
     Returns:
       f32[B]; every group sums to 0.
@@ -66,7 +88,7 @@ def group_relative(
       https://arxiv.org/abs/2503.20783 (Dr. GRPO).
     """
     groups = _groups(rewards, group_size, 2)
-    centred = groups - jnp.mean(groups, axis=1, keepdims=True)
+    centred = _centred(groups)
     if scale:
         centred = centred / (jnp.std(groups, axis=1, keepdims=True, ddof=1) + epsilon)
     return centred.reshape(-1)

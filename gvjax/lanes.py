@@ -133,24 +133,29 @@ class Lanes:
         if not self._waiting or len(self._waiting) < self._working:
             return
         calls, self._waiting = self._waiting, []
-        groups: dict[Hashable, list[_Call]] = {}
-        for call in sorted(calls, key=lambda call: call.lane):
-            groups.setdefault(call.program(), []).append(call)
         before = getattr(_here, "lanes", None)
         # What is traced now is no lane's own.
         _here.lanes = None
         try:
+            groups: dict[Hashable, list[_Call]] = {}
+            for call in sorted(calls, key=lambda call: call.lane):
+                groups.setdefault(call.program(), []).append(call)
             for group in groups.values():
                 self._make(group)
+        except BaseException as error:
+            # Whoever called is waiting, in this lane or in another, and is told.
+            for call in calls:
+                if not call.made:
+                    call.error, call.made = error, True
         finally:
             _here.lanes = before
             self._change.notify_all()
 
     def _make(self, group: list[_Call]) -> None:
         absent = self.count - len(group)
-        # Copies, since a program may take over the memory of what it is given.
-        filled = [jax.tree.map(_copy, group[-1].arguments) for _ in range(absent)]
         try:
+            # Copies, since a program may take over the memory of what it is given.
+            filled = [jax.tree.map(_copy, group[-1].arguments) for _ in range(absent)]
             made = group[0].together((*(call.arguments for call in group), *filled))
             for call, result in zip(group, made):
                 call.result = result

@@ -134,8 +134,11 @@ def whiten(
 
     As in PPO practice (Huang et al., 2024, https://arxiv.org/abs/2403.17031): the variance is the population one.
     """
-    values = select(values, mask)
+    # Measured from one of them, equal values are 0; their mean rounds, and would be told apart from them.
+    least = jnp.min(jnp.where(mask, values, jnp.inf))
+    least = jnp.where(jnp.isfinite(least), least, 0.0)
+    values = select(values - least, mask)
     centre = mean(values, mask)
     variance = mean(jnp.square(values - centre), mask)
     whitened = (values - centre) * jax.lax.rsqrt(variance + epsilon)
-    return select(whitened if shift_mean else whitened + centre, mask)
+    return select(whitened if shift_mean else whitened + (centre + least), mask)

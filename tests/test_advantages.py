@@ -46,10 +46,23 @@ class GroupTest(chex.TestCase):
                 atol=2e-4,
             )
 
-    def test_equal_rewards_give_zero(self):
-        np.testing.assert_array_equal(
-            advantages.group_relative(jnp.full(4, 7.0), 4), 0.0
-        )
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(value=[0.1, 0.3, 0.7, -0.9, 2.3, 7.0], size=[3, 5, 6, 7, 8])
+    def test_equal_rewards_give_zero(self, value, size):
+        # The mean of these is not the number itself: it is rounded.
+        rewards = jnp.full(2 * size, value)
+        for estimator in (
+            advantages.mean_baseline,
+            lambda r: advantages.leave_one_out(r, size),
+            lambda r: advantages.group_relative(r, size),
+            lambda r: advantages.group_relative(r, size, scale=False),
+        ):
+            np.testing.assert_array_equal(self.variant(estimator)(rewards), 0.0)
+
+    def test_mean_baseline_by_hand(self):
+        result = advantages.mean_baseline(jnp.array([1.0, 0.0, 5.0]))
+        np.testing.assert_allclose(result, [-1.0, -2.0, 3.0], rtol=1e-6)
+        np.testing.assert_array_equal(advantages.mean_baseline(jnp.ones(1)), 0.0)
 
     def test_bad_groups_are_refused(self):
         with pytest.raises(ValueError, match="group_size is 1"):

@@ -115,6 +115,48 @@ def test_a_program_that_fails_fails_in_every_lane_that_called_it():
     assert lanes.Lanes(2).run([work, work]) == ["went on"] * 2
 
 
+def fails_everywhere(error, message, works):
+    """Runs works that call programs in a thread that may be waited for in vain."""
+    found = []
+
+    def go():
+        with pytest.raises(error, match=message):
+            lanes.Lanes(3).run(works)
+        found.append("ended")
+
+    thread = threading.Thread(target=go, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found == ["ended"]
+
+
+def test_lanes_that_cannot_be_filled_are_told_so(monkeypatch):
+    """What fills absent lanes is a copy of a whole state, and may not fit."""
+
+    def no_room(leaf):
+        raise RuntimeError("RESOURCE_EXHAUSTED: 12 GiB for a copy")
+
+    monkeypatch.setattr(lanes, "_copy", no_room)
+    program = lanes.jit(lambda x: x + 1)
+    works = [lambda: program(jnp.ones(2)), lambda: program(jnp.ones(2))]
+    fails_everywhere(MemoryError, "3 lanes of this program.*12 GiB", works)
+
+
+def test_arguments_that_cannot_be_told_apart_fail_in_every_lane():
+    program, told = lanes.jit(lambda x: x), []
+
+    def work(argument):
+        try:
+            program(argument)
+        except TypeError as error:
+            told.append(error)
+            raise
+
+    works = [lambda: work(jnp.ones(2)), lambda: work("no array")]
+    fails_everywhere(TypeError, "no array", works)
+    assert len(told) == 2
+
+
 def test_what_does_not_fit_says_so():
     def broken(calls):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory, 12 GiB")

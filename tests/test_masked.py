@@ -57,6 +57,14 @@ class MaskedTest(chex.TestCase):
             jax.grad(lambda v: function(v, mask))(values), 0.0
         )
 
+    def test_equal_values_whiten_to_0(self):
+        for value in (-0.9, 0.1, 0.7):
+            for rows in (13, 48, 100):
+                values = jnp.full((rows, 6), value)
+                mask = jnp.broadcast_to(jnp.arange(6) < 5, (rows, 6))
+                whitened = jax.jit(masked.whiten)(values, mask)
+                np.testing.assert_array_equal(whitened, 0.0)
+
     def test_whiten_by_hand(self):
         values = jnp.array([1.0, 2.0, 3.0, 99.0])
         mask = jnp.array([True, True, True, False])

@@ -273,7 +273,8 @@ class OnlineDpoSection(Recipe):
         pairs samples at random and weighs both orders by the reward model's probability (the recipe whose optimum is
         exactly the soft-optimal policy).
       generation: `continual` samples from the current policy each step; `once` samples all rounds from the starting
-        policy beforehand (the paper's recipe).
+        policy beforehand (the paper's recipe). Its samples do not say how far the policy has gone, so `objective/kl` and
+        what contains it are not logged; `eval_kl` is.
       beta: as for DPO.
       rewards: where rewards come from.
       epochs: updates made on each round's pairs.
@@ -314,18 +315,21 @@ class PolicyGradientSection(Recipe):
     Attributes:
       algorithm: `reinforce` (advantage = reward less the batch mean), `rloo` (less the mean of the prompt's other
         samples), `grpo` (centred and scaled within the prompt), `dr_grpo` (centred, constant normaliser), `dapo`
-        (GRPO per token with an asymmetric clip, without dynamic sampling), `gspo`, `cispo`.
+        (GRPO per token with an asymmetric clip; without dynamic sampling and the shaping of overlong rewards, and with
+        a KL, which the paper drops, unless kl_coef is 0), `gspo`, `cispo`.
       steps: rounds of sample, score, update.
       prompts_per_step, samples_per_prompt: completions sampled in each round.
       kl_coef: weight of the KL to the SFT policy.
       kl_in: `reward` subtracts it from the completion's reward (RLOO's way; estimator k1, the only unbiased choice
         there); `loss` adds an estimate to the loss (GRPO's way).
       kl_estimator: of the KL in the loss: k2 or k3.
-      epsilon: how far below 1 the importance ratio may fall, and above it too where epsilon_high is null (grpo,
-        dr_grpo, dapo, gspo). On the first update of a round all ratios are 1, so it acts from the second epoch on.
-      epsilon_high: how far above 1 it may rise; null takes the algorithm's own: 0.28 for dapo (its paper), 4 for cispo
-        (ScaleRL), epsilon for the others.
-      epochs: updates made on each round's samples.
+      epsilon: how far below 1 the importance ratio may fall, and above it too where epsilon_high is null (rloo over
+        several epochs, grpo, dr_grpo, dapo, gspo). On the first update of a round all ratios are 1, so it acts from the
+        second epoch on. Left out, it is 0.2, or 3e-4 for gspo (its paper), whose ratio is a mean over the completion.
+      epsilon_high: how far above 1 it may rise; null takes the algorithm's own: 0.28 for dapo and 4e-4 for gspo (their
+        papers), 4 for cispo (ScaleRL), epsilon for the others.
+      epochs: updates made on each round's samples; 1 for reinforce, which has no importance ratio. rloo clips that of
+        the whole completion from 2 on, as TRL does.
       rewards: where rewards come from.
       missing_eos_penalty: subtracted from the reward of a completion that was cut off.
       num_microbatches: slices of a batch; changes memory, not results.
@@ -356,8 +360,8 @@ class PolicyGradientSection(Recipe):
 
     def unused(self) -> Unused:
         found: Unused = []
-        if self.algorithm in ("reinforce", "rloo"):
-            why = f"{self.algorithm} does not clip"
+        if self.algorithm in ("reinforce", "rloo") and self.epochs == 1:
+            why = f"{self.algorithm} does not clip where epochs is 1"
             found += [("epsilon", why), ("epsilon_high", why)]
         if self.algorithm == "cispo":
             found.append(("epsilon", "cispo bounds the ratio from above only"))
@@ -367,11 +371,29 @@ class PolicyGradientSection(Recipe):
         return found
 
     @pydantic.model_validator(mode="after")
+    def _own_clip(self) -> Self:
+        if self.algorithm == "gspo" and "epsilon" not in self.model_fields_set:
+            # Not counted as given: an entry of a sweep may name another algorithm.
+            object.__setattr__(self, "epsilon", 3e-4)
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.algorithm != "reinforce" and self.samples_per_prompt < 2:
             raise ValueError(
                 f"samples_per_prompt is {self.samples_per_prompt}; {self.algorithm} compares the samples of a prompt"
                 " and needs at least 2 (reinforce needs 1)"
+            )
+        if self.algorithm == "reinforce" and self.epochs > 1:
+            raise ValueError(
+                f"epochs is {self.epochs}, but from the second on the samples are another policy's, and reinforce does not"
+                " correct for that; use epochs: 1, or rloo, which does"
+            )
+        several = self.algorithm == "rloo" and self.epochs > 1
+        if several and self.kl_coef and self.kl_in == "loss":
+            raise ValueError(
+                f"epochs is {self.epochs}: rloo then averages its loss over a completion's tokens, and would divide the"
+                " KL in the loss by their number too; use kl_in: reward with kl_estimator: k1, or epochs: 1"
             )
         if self.kl_coef and self.kl_in == "reward" and self.kl_estimator != "k1":
             raise ValueError(

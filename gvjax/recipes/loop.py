@@ -179,8 +179,9 @@ def train(
       select: `best` returns the params with the highest `select_by` among the evaluations, `last` the final ones.
       select_by: the name of an evaluated number.
       shown: names of metrics for the progress bar.
-      learning_rate: of each update, logged beside the metrics.
-      updates_per_round: optimizer updates that one round makes.
+      learning_rate: of each update, logged beside the metrics: that of a round's first update, by the optimizer's own
+        count, which skipped updates do not move.
+      updates_per_round: optimizer updates that one round makes, counted here where the optimizer has no schedule.
       patience: rounds in a row that were skipped, because loss or gradient was not finite, after which the run stops.
       policy_of: picks, from the trained params, those that are evaluated and returned.
       trained_on: the batch of the latest update; it is kept in `nonfinite.npz` beside the run when patience ends.
@@ -233,7 +234,7 @@ def train(
         log.rewind(notes["log"])
         state, best = kept["train"], kept["best"]
 
-        waiting: list[tuple[int, Metrics, dict[str, float]]] = []
+        waiting: list[tuple[int, Mapping[str, Any], dict[str, float]]] = []
         latest: dict[str, float] = {}
 
         def written(round_: int) -> bool:
@@ -258,9 +259,6 @@ def train(
                 values = {name: float(np.asarray(metrics[name])) for name in metrics}
                 latest.update(values)
                 if written(round_):
-                    if learning_rate is not None:
-                        update = round_ * updates_per_round
-                        values["learning_rate"] = float(learning_rate(update))
                     log.write(round_ + 1, values, timing)
                 if math.isfinite(values["loss"]) and not values.get("skipped"):
                     notes["skipped_in_a_row"] = 0
@@ -303,9 +301,13 @@ def train(
 
         for round_ in range(first, rounds):
             run.clock.waits = written(round_)
+            rate = {}
             if run.clock.waits:
                 # What earlier rounds left to be done is not this one's time.
                 jax.block_until_ready(state)
+                if learning_rate is not None:
+                    update = _scheduled(state, default=round_ * updates_per_round)
+                    rate = {"learning_rate": learning_rate(update)}
             begun = time.monotonic()
             state, metrics = advance(state, round_)
             timing = {}
@@ -313,7 +315,7 @@ def train(
                 jax.block_until_ready(metrics)
                 seconds = time.monotonic() - begun
                 timing = {"step_time": seconds, **run.clock.shares(seconds)}
-            waiting.append((round_, metrics, timing))
+            waiting.append((round_, {**metrics, **rate}, timing))
             done = round_ + 1
             watchdog.beat(done)
             evaluate_now = evaluate is not None and (
@@ -369,6 +371,17 @@ def train(
     if select == "best":
         return Trained(policy_of(best), notes["best_round"], notes["curve"])
     return Trained(policy_of(state.params), rounds, notes["curve"])
+
+
+def _scheduled(state: TrainState, default: int) -> int:
+    """Which update of its schedule the optimizer makes next."""
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    nodes = jax.tree.leaves(state.opt_state, is_leaf=is_schedule)
+    counts = [int(np.asarray(node.count)) for node in nodes if is_schedule(node)]
+    return counts[0] if counts else default
 
 
 def save_params(directory: pathlib.Path, params: Params) -> None:

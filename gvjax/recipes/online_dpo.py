@@ -8,6 +8,7 @@ the soft-optimal policy of the reward model.
 
 import dataclasses
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from gvjax.recipes.inputs import Inputs
 from gvjax.recipes.policy_gradient import rollout_metrics
 from gvjax.recipes.rounds import Sampler, Sampling
 from gvjax.types import EosId, Metrics, PreferenceBatch, Rollouts, SequenceBatch
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -51,17 +54,16 @@ def train(
             inputs.policy_of(state.params) if continual else inputs.policy, round_
         )
         batch = add_ref(inputs.policy, pair_up(rollouts))
-        for _ in range(settings.epochs):
+        for epoch in range(settings.epochs):
             state, metrics = compiled.step(state, batch, inputs.base)
-        metrics |= round_metrics(rollouts, batch, metrics, settings, ground.eos_id)
-        if round_ == 0 and settings.epochs == 1 and settings.labels == "hard":
-            checks.check_first_loss(
-                float(metrics["loss"]),
-                0.6931472,
-                "online DPO",
-                tolerance=checks.TOLERANCE[ground.model.dtype],
-            )
-        return state, {**metrics, **rewards}
+            if epoch == 0:
+                # Later epochs' metrics are of a policy that did not sample.
+                numbers = round_metrics(
+                    rollouts, batch, metrics, settings, ground.eos_id
+                )
+                if round_ == 0 and settings.labels == "hard":
+                    check_first_loss(metrics, batch, ground)
+        return state, {**metrics, **numbers, **rewards}
 
     return loop.train(
         run,
@@ -79,6 +81,21 @@ def train(
     )
 
 
+def check_first_loss(metrics: Metrics, batch: PreferenceBatch, ground: Ground) -> None:
+    """Raises SelfCheckError unless the first loss is ln 2; without a pair there is none to check."""
+    if not jnp.any(jnp.asarray(batch.weight)):
+        logger.warning(
+            "in the first round no prompt had two different rewards: nothing was learned, and the loss is not checked"
+        )
+        return
+    checks.check_first_loss(
+        float(metrics["loss"]),
+        0.6931472,
+        "online DPO",
+        tolerance=checks.TOLERANCE[ground.model.dtype],
+    )
+
+
 def round_metrics(
     rollouts: Rollouts,
     batch: PreferenceBatch,
@@ -88,23 +105,31 @@ def round_metrics(
 ) -> Metrics:
     """TRL's numbers about a round, those about the KL over the completions of the pairs, which alone are scored.
 
+    They are left out where the starting policy samples all rounds: its samples say how far it is from the policy,
+    KL(π_ref ‖ π), and not how far the policy has gone. An evaluation's `kl` does.
+
     Args:
       rollouts: with rewards.
       batch: the pairs that were learned from.
-      metrics: of the step.
-      settings: β and the group size.
+      metrics: of the round's first step, whose policy is the one that sampled.
+      settings: β, the group size and who samples.
       eos_id: of the EOS token, or tokens, or None.
     """
     scores = jnp.mean(rollouts.scored())
-    # The implicit rewards are β times the log-ratios.
-    penalty = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
-    return {
+    numbers = {
         **rollout_metrics(
             rollouts, None, group_size=settings.samples_per_prompt, eos_id=eos_id
         ),
-        "objective/kl": penalty / settings.beta,
         "objective/scores": scores,
         "objective/scores_margin": jnp.mean(jnp.asarray(batch.margin)),
+    }
+    if settings.generation == "once":
+        return numbers
+    # The implicit rewards are β times the log-ratios.
+    penalty = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
+    return {
+        **numbers,
+        "objective/kl": penalty / settings.beta,
         "objective/non_score_reward": -penalty,
         "objective/rlhf_reward": scores - penalty,
     }
@@ -137,13 +162,28 @@ def soft_pairs(rollouts: Rollouts, group_size: int) -> PreferenceBatch:
       Those of `hard_pairs`; group_size is even.
 
     Returns:
-      PreferenceBatch of N · group_size / 2 rows.
+      PreferenceBatch of N · group_size / 2 rows; chosen is the likelier one.
     """
-    first = jnp.arange(0, rollouts.tokens.shape[0], 2)
-    batch = rollout_pairs(rollouts, first, first + 1)
-    rewards = rollouts.scored()
-    probability = jax.nn.sigmoid(rewards[first] - rewards[first + 1])
+    chosen, rejected = neighbours(rollouts.scored())
+    batch = rollout_pairs(rollouts, chosen, rejected)
+    probability = jax.nn.sigmoid(jnp.asarray(batch.margin))
     return dataclasses.replace(batch, chosen_probability=probability)
+
+
+def neighbours(rewards: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The rows of each two neighbours that are the better and the worse by reward; of equals the first is the better.
+
+    The losses on both orders do not see which is called chosen, but the metrics of a pair do.
+
+    Args:
+      rewards: f32[2N].
+
+    Returns:
+      (int32[N], int32[N]).
+    """
+    first = jnp.arange(0, len(rewards), 2)
+    swapped = (rewards[first + 1] > rewards[first]).astype(first.dtype)
+    return first + swapped, first + 1 - swapped
 
 
 def rollout_pairs(

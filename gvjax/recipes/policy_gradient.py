@@ -17,7 +17,7 @@ from gvjax.types import EosId, PolicyBatch, Rollouts, SequenceBatch
 
 KL_ESTIMATORS = {"k1": logps.kl_k1, "k2": logps.kl_k2, "k3": logps.kl_k3}
 
-EPSILON_HIGH = {"dapo": 0.28, "cispo": 4.0}
+EPSILON_HIGH = {"dapo": 0.28, "gspo": 4e-4, "cispo": 4.0}
 """By how much the ratio may exceed 1 in algorithms whose papers fix it; elsewhere the clip is symmetric."""
 
 
@@ -95,11 +95,13 @@ def rollout_metrics(
     spread = (
         jnp.std(groups, axis=1, ddof=1) if group_size > 1 else jnp.zeros(len(groups))
     )
+    # The deviation itself is above 0 where the mean of equal rewards was rounded.
+    equal = groups.max(axis=1) == groups.min(axis=1)
     lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
     numbers = {
         "reward": jnp.mean(rollouts.scored()),
-        "reward_std": jnp.mean(spread),
-        "frac_reward_zero_std": jnp.mean((spread == 0) * 1.0),
+        "reward_std": jnp.mean(jnp.where(equal, 0.0, spread)),
+        "frac_reward_zero_std": jnp.mean(equal * 1.0),
         "completions/mean_length": jnp.mean(lengths),
         "completions/min_length": jnp.min(lengths),
         "completions/max_length": jnp.max(lengths),
@@ -126,7 +128,7 @@ def make_advantages(settings: config.PolicyGradientSection, rewards: jax.Array):
     """f32[B]: what each completion did better than its baseline, by the configured algorithm."""
     group_size = settings.samples_per_prompt
     if settings.algorithm == "reinforce":
-        return rewards - jnp.mean(rewards)
+        return advantages.mean_baseline(rewards)
     if settings.algorithm == "rloo":
         return advantages.leave_one_out(rewards, group_size)
     scale = settings.algorithm != "dr_grpo"
@@ -138,18 +140,22 @@ def make_policy_loss(ground: Ground, settings: config.PolicyGradientSection):
     epsilon_high = settings.epsilon_high or EPSILON_HIGH.get(settings.algorithm)
     clip: dict[str, Any] = {"epsilon": settings.epsilon, "epsilon_high": epsilon_high}
     clipped = functools.partial(losses.clipped_policy_loss, **clip)
-    sequence_ratio = functools.partial(losses.gspo_loss, **clip)
+    mean_ratio = functools.partial(losses.gspo_loss, **clip)
+    whole_ratio = functools.partial(losses.sequence_clipped_loss, **clip)
     cispo = functools.partial(
-        losses.cispo_loss, epsilon_high=epsilon_high or settings.epsilon
+        losses.cispo_loss, epsilon_high=epsilon_high or EPSILON_HIGH["cispo"]
     )
+    # The whole completion is one action: its token losses are summed.
+    on_policy = (losses.reinforce_loss, losses.per_sequence_sum)
+    # The same gradient while the policy is the one that sampled, as it is in the first epoch only.
+    off_policy = (whole_ratio, losses.per_sequence_mean)
     return {
-        # The whole completion is one action: its token losses are summed.
-        "reinforce": (losses.reinforce_loss, losses.per_sequence_sum),
-        "rloo": (losses.reinforce_loss, losses.per_sequence_sum),
+        "reinforce": on_policy,
+        "rloo": on_policy if settings.epochs == 1 else off_policy,
         "grpo": (clipped, losses.per_sequence_mean),
         "dr_grpo": (clipped, losses.constant(ground.completion_length)),
         "dapo": (clipped, losses.per_token),
-        "gspo": (sequence_ratio, losses.per_sequence_mean),
+        "gspo": (mean_ratio, losses.per_sequence_mean),
         "cispo": (cispo, losses.per_token),
     }[settings.algorithm]
 

@@ -14,7 +14,7 @@ from gvjax import config, lanes, losses, masked, steps
 from gvjax.recipes import checks, loop
 from gvjax.recipes.ground import Ground, cached, make_optimizer
 from gvjax.recipes.inputs import Inputs
-from gvjax.recipes.online_dpo import rollout_pairs
+from gvjax.recipes.online_dpo import neighbours, rollout_pairs
 from gvjax.recipes.policy_gradient import rollout_metrics
 from gvjax.recipes.programs import scorer
 from gvjax.recipes.rounds import Sampler, Sampling
@@ -79,7 +79,7 @@ def train(
 def regression_pairs(
     rollouts: Rollouts, ref_logps: jax.Array, kl_coef: float
 ) -> PreferenceBatch:
-    """The two samples of each prompt, and by how much the first is better once the KL is paid.
+    """The two samples of each prompt, and by how much one is better once the KL is paid.
 
     Args:
       rollouts: 2N rows with rewards, a prompt's two together; their log-probabilities become the batch's reference.
@@ -87,19 +87,19 @@ def regression_pairs(
       kl_coef: >= 0.
 
     Returns:
-      PreferenceBatch of N rows; "chosen" is just the first of the two, and `margin` has the sign.
+      PreferenceBatch of N rows; chosen is the better one, so that `margin` >= 0.
     """
     mask = rollouts.completion_mask
     rewards = steps.penalised_rewards(
         rollouts.scored(), rollouts.logps, ref_logps, mask, kl_coef=kl_coef
     )
     logps = masked.sum(rollouts.logps, mask, axis=1)
-    first = jnp.arange(0, rollouts.tokens.shape[0], 2)
+    chosen, rejected = neighbours(rewards)
     batch = rollout_pairs(
-        dataclasses.replace(rollouts, rewards=rewards), first, first + 1
+        dataclasses.replace(rollouts, rewards=rewards), chosen, rejected
     )
     return dataclasses.replace(
-        batch, ref_chosen_logps=logps[first], ref_rejected_logps=logps[first + 1]
+        batch, ref_chosen_logps=logps[chosen], ref_rejected_logps=logps[rejected]
     )
 
 
@@ -125,7 +125,7 @@ def program(ground: Ground, settings: config.RebelSection):
         numbers = {
             **rollout_metrics(rollouts, ref_logps, group_size=2, eos_id=ground.eos_id),
             "objective/scores": jnp.mean(rollouts.scored()),
-            "objective/scores_margin": jnp.mean(jnp.abs(jnp.asarray(batch.margin))),
+            "objective/scores_margin": jnp.mean(jnp.asarray(batch.margin)),
         }
         return batch, numbers
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gvjax import config, steps
+from gvjax import config, losses, steps
 from gvjax.config import reading
 from gvjax.recipes import (
     best_of_n,
@@ -255,6 +255,15 @@ def test_every_algorithm_is_a_program_of_its_own(algorithm):
         return traced(made(config.PolicyGradientSection, algorithm=name))
 
     assert of(algorithm) not in (of("rloo"), of("grpo"))
+
+
+def test_gspos_clip_is_that_of_its_loss():
+    settings = made(config.PolicyGradientSection, algorithm="gspo")
+    loss, _ = policy_gradient.make_policy_loss(GROUND, settings)
+    assert loss.keywords == {
+        name: inspect.signature(losses.gspo_loss).parameters[name].default
+        for name in ("epsilon", "epsilon_high")
+    }
 
 
 def test_the_kl_goes_where_it_is_put():

@@ -1,6 +1,7 @@
 """Every recipe end to end at toy size: it runs, resumes to the bit, refuses to start on a wrong footing, and learns."""
 
 import dataclasses
+import functools
 import math
 import types
 
@@ -11,7 +12,7 @@ import optax
 import pytest
 from kept_runs import make_run, metrics_of, same_bits
 
-from gvjax import config, steps
+from gvjax import config, losses, steps
 from gvjax.masked import Mean
 from gvjax.recipes import (
     best_of_n,
@@ -31,7 +32,7 @@ from gvjax.recipes import (
 from gvjax.recipes.evaluation import evaluate_policy
 from gvjax.recipes.pairs import sampled_pairs
 from gvjax.recipes.programs import score_all
-from gvjax.recipes.rewards import make_rewards, reward_rows
+from gvjax.recipes.rewards import Source, make_rewards, reward_rows
 from gvjax.recipes.rows import role_key
 from gvjax.types import PreferenceBatch, Rollouts, SequenceBatch
 
@@ -59,15 +60,15 @@ ROUND = {
     "completions/min_length",
     "completions/max_length",
 }
+OF_THE_KL = {"objective/kl", "objective/non_score_reward", "objective/rlhf_reward"}
 ONLINE_PAIRED = (
     PAIRED
     | ROUND
     | {
         "objective/scores",
         "objective/scores_margin",
-        "objective/non_score_reward",
-        "objective/rlhf_reward",
     }
+    | OF_THE_KL
 )
 GROUPED = (
     EVERY
@@ -118,6 +119,7 @@ def group(algorithm, **fields):
 
 
 ALGORITHMS = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo")
+EPOCHS = {"reinforce": 1, "rloo": 1}
 CASES = {
     "dpo": (dpo, small(config.DpoSection, beta=0.1), PAIRED),
     "dpo nll": (dpo, small(config.DpoSection, nll_weight=1.0), PAIRED),
@@ -145,13 +147,16 @@ CASES = {
     "online dpo once": (
         online_dpo,
         small(config.OnlineDpoSection, generation="once", rewards=BOTH),
-        ONLINE_PAIRED | REWARDS | BY_GOLD,
+        (ONLINE_PAIRED | REWARDS | BY_GOLD) - OF_THE_KL,
     ),
     **{f"{name}, KL in reward": group(name) for name in ALGORITHMS},
     **{
-        f"{name}, KL in loss": group(name, kl_in="loss", kl_estimator="k3", epochs=2)
+        f"{name}, KL in loss": group(
+            name, kl_in="loss", kl_estimator="k3", epochs=EPOCHS.get(name, 2)
+        )
         for name in ALGORITHMS
     },
+    "rloo, two epochs": group("rloo", epochs=2),
     "ppo": (ppo, small(config.PpoSection), PPO | REWARDS),
     "ppo plain": (
         ppo,
@@ -301,6 +306,42 @@ def test_a_loss_that_stays_infinite_stops_the_run(inputs, tmp_path):
         loop.train(make_run(tmp_path / "run"), state, advance, rounds=50, patience=3)
 
 
+def test_the_learning_rate_of_skipped_rounds_is_told_again(tmp_path):
+    """The schedule does not go on in them: neither does the optimizer's count, before and after a checkpoint."""
+    schedule = optax.linear_schedule(1.0, 0.0, 8)
+    tx = optax.chain(optax.clip(1.0), optax.scale_by_learning_rate(schedule))
+    step = jax.jit(
+        steps.make_train_step(
+            lambda params, batch: (Mean(params["w"] * batch, jnp.ones(())), {}), tx
+        )
+    )
+    # Two updates a round; one of them, all and none are skipped.
+    rounds = [(1.0, 1.0), (1.0, jnp.nan), (jnp.nan, jnp.nan), (1.0, 1.0), (1.0, 1.0)]
+
+    def advance(state, round_):
+        for value in rounds[round_]:
+            state, metrics = step(state, jnp.asarray(value))
+        return state, metrics
+
+    def train(directory, **options):
+        return loop.train(
+            make_run(directory, checkpoint_every=2, **options),
+            steps.init_train_state({"w": jnp.zeros(())}, tx),
+            advance,
+            rounds=len(rounds),
+            learning_rate=schedule,
+            updates_per_round=2,
+        )
+
+    train(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run", progress=stop_after(3))
+    train(tmp_path / "run")
+    for directory in (tmp_path / "whole", tmp_path / "run"):
+        told = [line["learning_rate"] for line in metrics_of(make_run(directory))]
+        assert told == [1 - done / 8 for done in (0, 2, 3, 3, 5)]
+
+
 def test_the_best_checkpoint_is_the_one_returned(tmp_path):
     def advance(state, round_):
         params = {"policy": {"w": jnp.full(2, round_ + 1.0)}, "value": jnp.zeros(3)}
@@ -375,6 +416,17 @@ def test_a_wrong_first_loss_stops_the_run(case, inputs, tmp_path, monkeypatch):
     )
     with pytest.raises(checks.SelfCheckError, match=r"the first .* loss is"):
         module.train(settings, inputs, make_run(tmp_path / "run"))
+
+
+def test_a_first_round_of_equal_rewards_is_told_and_the_run_goes_on(
+    inputs, tmp_path, monkeypatch, caplog
+):
+    constant = Source(lambda rollouts, prompts: np.zeros(len(prompts), "f4"))
+    monkeypatch.setattr(rounds, "make_sources", lambda *_: {"constant": constant})
+    run = make_run(tmp_path / "run")
+    online_dpo.train(small(config.OnlineDpoSection), inputs, run)
+    assert [line["loss"] for line in metrics_of(run) if "loss" in line] == [0, 0]
+    assert "no prompt had two different rewards" in caplog.text
 
 
 def some_rollouts(rewards=None):
@@ -537,18 +589,40 @@ def test_every_source_of_rewards_is_told_and_so_are_a_verifiers_errors(
     np.testing.assert_allclose(np.mean(rollouts.scored()), told, rtol=1e-5)
 
 
+def test_equal_rewards_have_no_spread():
+    """The mean of eight numbers 0.7 is another number, and their deviation not 0."""
+    for value in (0.1, 0.3, 0.7):
+        rewards = jnp.array([value] * 8 + [1.0] * 7 + [0.0])
+        rollouts = Rollouts(
+            jnp.ones((16, 2), jnp.int32),
+            jnp.ones((16, 2), bool),
+            jnp.zeros((16, 2)),
+            rewards,
+        )
+        numbers = policy_gradient.rollout_metrics(
+            rollouts, None, group_size=8, eos_id=None
+        )
+        assert numbers["frac_reward_zero_std"] == 0.5
+        deviation = np.std([1.0] * 7 + [0.0], ddof=1)
+        np.testing.assert_allclose(numbers["reward_std"], deviation / 2, rtol=1e-6)
+
+
 def test_the_two_samples_of_a_prompt_regress_on_their_penalised_difference():
     rollouts = some_rollouts(jnp.array([1.0, 3.0, 2.0, 0.5]))
     ref_logps = rollouts.logps - 0.25
     batch = rebel.regression_pairs(rollouts, ref_logps, kl_coef=2.0)
-    # Log-ratios are 0.25 a token: 3, 3, 2 and 3 tokens.
+    # Log-ratios are 0.25 a token: 3, 3, 2 and 3 tokens. The better of each pair is chosen.
     np.testing.assert_allclose(
-        batch.margin, [(1 - 1.5) - (3 - 1.5), (2 - 1.0) - (0.5 - 1.5)], rtol=1e-6
+        batch.margin, [(3 - 1.5) - (1 - 1.5), (2 - 1.0) - (0.5 - 1.5)], rtol=1e-6
     )
-    np.testing.assert_allclose(batch.ref_chosen_logps, [-0.6, -0.9 - 1.0], rtol=1e-6)
-    np.testing.assert_allclose(batch.ref_rejected_logps, [-1.8, -4.2], rtol=1e-6)
-    np.testing.assert_array_equal(batch.chosen.tokens, rollouts.tokens[::2])
-    np.testing.assert_array_equal(batch.rejected.tokens, rollouts.tokens[1::2])
+    np.testing.assert_allclose(batch.ref_chosen_logps, [-1.8, -0.9 - 1.0], rtol=1e-6)
+    np.testing.assert_allclose(batch.ref_rejected_logps, [-0.6, -4.2], rtol=1e-6)
+    np.testing.assert_array_equal(
+        batch.chosen.tokens, rollouts.tokens[jnp.array([1, 2])]
+    )
+    np.testing.assert_array_equal(
+        batch.rejected.tokens, rollouts.tokens[jnp.array([0, 3])]
+    )
 
 
 def test_hard_labels_take_best_and_worst_and_drop_ties():
@@ -566,9 +640,58 @@ def test_soft_labels_are_the_reward_models_probabilities():
     rollouts = some_rollouts(jnp.array([1.0, 3.0, 2.0, 2.0]))
     batch = online_dpo.soft_pairs(rollouts, 2)
     np.testing.assert_allclose(
-        batch.chosen_probability, [1 / (1 + math.exp(2)), 0.5], rtol=1e-6
+        batch.chosen_probability, [1 / (1 + math.exp(-2)), 0.5], rtol=1e-6
     )
-    np.testing.assert_array_equal(batch.chosen.tokens, rollouts.tokens[::2])
+    np.testing.assert_array_equal(batch.margin, [2.0, 0.0])
+    np.testing.assert_array_equal(
+        batch.chosen.tokens, rollouts.tokens[jnp.array([1, 2])]
+    )
+
+
+def turned(batch):
+    """The same pairs, the other completion of each called chosen."""
+    probability = batch.chosen_probability
+    return dataclasses.replace(
+        batch,
+        chosen=batch.rejected,
+        rejected=batch.chosen,
+        ref_chosen_logps=batch.ref_rejected_logps,
+        ref_rejected_logps=batch.ref_chosen_logps,
+        margin=-batch.margin,
+        chosen_probability=None if probability is None else 1 - probability,
+    )
+
+
+@pytest.mark.parametrize("recipe", ["soft", "rebel"])
+def test_which_of_a_pair_is_chosen_is_seen_by_its_metrics_and_not_by_its_loss(recipe):
+    rollouts = some_rollouts(jnp.array([1.0, 3.0, 2.0, 0.5]))
+    params = {"w": jnp.array([0.3, -0.2, 0.5, 0.1, 0.7, 0.2])}
+    if recipe == "soft":
+        loss = functools.partial(losses.soft_dpo_loss, beta=0.5)
+        batch = dataclasses.replace(
+            online_dpo.soft_pairs(rollouts, 2),
+            ref_chosen_logps=jnp.array([-4.0, -5.0]),
+            ref_rejected_logps=jnp.array([-4.5, -3.0]),
+        )
+    else:
+        loss = functools.partial(losses.rebel_loss, eta=2.0)
+        batch = rebel.regression_pairs(rollouts, rollouts.logps, kl_coef=0.0)
+    objective = steps.preference_objective(unigram, loss=loss, beta=0.5)
+
+    def found(batch):
+        def value(params):
+            mean, metrics = objective(params, batch)
+            return mean.value, metrics
+
+        (value, metrics), gradient = jax.value_and_grad(value, has_aux=True)(params)
+        return value, gradient["w"], metrics["rewards/margins"].value
+
+    value, gradient, margins = found(batch)
+    same_value, same_gradient, other_margins = found(turned(batch))
+    np.testing.assert_allclose(same_value, value, rtol=1e-5)
+    np.testing.assert_allclose(same_gradient, gradient, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(other_margins, -margins, rtol=1e-5)
+    assert abs(margins) > 0.1
 
 
 def hypo_batch(samples=8):
@@ -589,6 +712,72 @@ def hypo_batch(samples=8):
     )
     logps = jnp.asarray(rng.normal(-4, 1, samples), jnp.float32)
     return pairs, rows(samples), logps
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_kl_of_a_round_is_that_of_the_policy_that_sampled(epochs, inputs, tmp_path):
+    settings = small(
+        config.OnlineDpoSection, steps=1, epochs=epochs, optimizer=optimizer(1e-2)
+    )
+    run = make_run(tmp_path / "run")
+    online_dpo.train(settings, inputs, run)
+    told = metrics_of(run)[0]
+    # Round 0 samples from the reference itself.
+    assert abs(told["objective/kl"]) < 1e-4
+    assert abs(told["objective/non_score_reward"]) < 1e-4
+    np.testing.assert_allclose(told["objective/rlhf_reward"], told["reward"], atol=1e-4)
+
+
+def test_the_kl_is_not_told_of_samples_of_the_starting_policy(inputs, tmp_path):
+    """They estimate −KL(π_ref ‖ π), which falls while the policy goes away."""
+    module, settings, _ = CASES["online dpo once"]
+    run = make_run(tmp_path / "run")
+    module.train(settings, inputs, run)
+    assert not any(OF_THE_KL & set(line) for line in metrics_of(run))
+    assert "eval_kl" in metrics_of(run)[-1]
+
+
+def gradient_of(settings, batch, params):
+    loss, normaliser = policy_gradient.make_policy_loss(
+        types.SimpleNamespace(completion_length=4), settings
+    )
+    objective = steps.policy_gradient_objective(
+        unigram, loss=loss, normaliser=normaliser
+    )
+    return jax.grad(lambda params: objective(params, batch)[0].value)(params)["w"]
+
+
+def test_rloo_of_several_epochs_corrects_for_the_policy_that_sampled():
+    settings = {
+        1: small(config.PolicyGradientSection),
+        2: small(config.PolicyGradientSection, epochs=2, epsilon=50.0),
+    }
+    params = {"w": jnp.array([0.3, -0.2, 0.5, 0.1, 0.7, 0.2])}
+    rollouts = some_rollouts(jnp.array([1.0, 3.0, 2.0, 0.5]))
+    mask = rollouts.completion_mask
+    logps = jnp.where(mask, unigram(params, rollouts.tokens), 0.0)
+    advantages = policy_gradient.make_advantages(settings[1], rollouts.rewards)
+
+    def gradients(old_logps):
+        batch = steps.policy_batch(
+            dataclasses.replace(rollouts, logps=old_logps), advantages
+        )
+        return [gradient_of(settings[epochs], batch, params) for epochs in (1, 2)]
+
+    # The policy that sampled: the same gradient.
+    one, several = gradients(logps)
+    np.testing.assert_allclose(several, one, rtol=1e-5, atol=1e-6)
+    # Another one: each completion weighed by its ratio.
+    moved = jnp.array([0.1, -0.2, 0.3, 0.0])[:, None] * jnp.ones(4)
+    ratio = jnp.exp(jnp.sum(jnp.where(mask, moved, 0.0), axis=1))
+    batch = steps.policy_batch(
+        dataclasses.replace(rollouts, logps=logps), advantages * ratio
+    )
+    _, several = gradients(logps - moved)
+    np.testing.assert_allclose(
+        several, gradient_of(settings[1], batch, params), rtol=1e-5, atol=1e-6
+    )
+    assert not np.allclose(several, one, rtol=1e-2)
 
 
 def unigram(params, tokens):

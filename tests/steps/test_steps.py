@@ -118,6 +118,32 @@ def test_beta_of_a_partial_scales_the_rewards_too():
         np.testing.assert_allclose(first_metrics(given, PAIRS)[name], value)
 
 
+@pytest.mark.parametrize(
+    ("loss", "beta"),
+    [
+        (losses.weighted_sum((1.0, losses.dpo_loss), (0.5, losses.nll_loss)), 0.1),
+        (
+            losses.weighted_sum(
+                (0.5, losses.nll_loss),
+                (1.0, functools.partial(losses.nca_loss, beta=0.3)),
+                (1.0, losses.dpo_loss),
+            ),
+            0.3,
+        ),
+        (losses.reference_free(functools.partial(losses.dpo_loss, beta=0.7)), 0.7),
+        (functools.partial(losses.TRL_NAMES["cpo_hinge"]), 0.1),
+        (losses.TRL_NAMES["mpo"], 0.1),
+        # τ is no β.
+        (losses.TRL_NAMES["cpo_ipo"], 1.0),
+    ],
+)
+def test_beta_of_a_composed_loss_is_that_of_its_first_part_with_one(loss, beta):
+    step = functools.partial(gvjax.make_preference_step, logps_fn, SGD, loss=loss)
+    own, given = first_metrics(step(), PAIRS), first_metrics(step(beta=beta), PAIRS)
+    for name, value in own.items():
+        np.testing.assert_allclose(given[name], value, err_msg=name)
+
+
 def test_at_learning_rate_0_every_ratio_stays_1():
     still = optax.sgd(0.0)
     step = jax.jit(gvjax.make_policy_gradient_step(logps_fn, still))
