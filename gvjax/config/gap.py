@@ -249,7 +249,7 @@ class LlmJudgeSection(Section):
     model: str
     key_variable: str | None = None
     options: dict[str, Scalar] = Field(
-        default_factory=lambda: {"temperature": 0, "max_tokens": 256}
+        default_factory=lambda: dict[str, Scalar](temperature=0, max_tokens=256)
     )
     calls: Count = 20_000
     timeout: Positive = 60.0

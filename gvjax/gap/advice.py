@@ -148,7 +148,7 @@ class Tier1:
 
 @dataclasses.dataclass(frozen=True)
 class Tier2:
-    """What the pilot showed: the online arm minus the best offline one, in winrate.
+    """What the pilot showed: the online arm minus the best offline one, chosen on validation prompts, in winrate.
 
     Attributes:
       seeds: of the RL arm.

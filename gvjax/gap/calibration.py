@@ -4,7 +4,6 @@ Every check counts studies in which something happened and holds the share, with
 written down first. What the tool must never do is recommend RL where none of it can pay.
 """
 
-import argparse
 import collections
 import concurrent.futures
 import dataclasses
@@ -33,9 +32,17 @@ from scipy import special
 
 from gvjax.gap import simulation, statistics
 from gvjax.gap.advice import Margins
-from gvjax.gap.simulation import Design, DimensionToy, Features, Kinds, Study
+from gvjax.gap.simulation import (
+    Contenders,
+    Design,
+    DimensionToy,
+    Features,
+    Kinds,
+    Study,
+)
 from gvjax.gap.statistics import Estimate
 from gvjax.judges import agreement
+from gvjax.usage import USER_ERROR, Parser
 
 FALSE_ALARMS = 0.05
 POWER = 0.8
@@ -197,8 +204,39 @@ def _simulated(world: simulation.World, design: Design | None = None):
 MISLED = Kinds.unmoved(probabilities=(0.003, 0.4985, 0.4985), gold=(3.0, 0.2, 0.0))
 """Great completions are rare and all pairs together do not move the policy towards them, as the reward does."""
 TOY = DimensionToy()
+EQUAL = Contenders()
 LENGTH = 0.6
 """Log-odds by which the biased judge likes a completion more for a typical difference in length."""
+ERRORS = 0.15
+"""The share of the labels that the erring judge turns round."""
+
+
+def judged(rng: np.random.Generator, bias: float, comparisons: int = 400) -> bool:
+    """Whether a judge of so many comparisons is found to like length more than their labels do.
+
+    Quality and length differ by a normal amount each; labels follow quality and, a little, length.
+    """
+    quality, length = rng.standard_normal((2, comparisons))
+    truth = 1.5 * quality + 0.3 * length
+    labels, judge = (
+        (rng.random(comparisons) < special.expit(truth + extra * length)).astype(float)
+        for extra in (0.0, bias)
+    )
+    return _likes_length(judge, labels, length)
+
+
+def erring(rng: np.random.Generator, comparisons: int = 400) -> bool:
+    """Whether a judge that errs at random, where labels dislike length, is found to like it."""
+    length = rng.standard_normal(comparisons)
+    labels = (rng.random(comparisons) < special.expit(-LENGTH * length)).astype(float)
+    judge = np.abs(labels - (rng.random(comparisons) < ERRORS))
+    return _likes_length(judge, labels, length)
+
+
+def _likes_length(judge: np.ndarray, labels: np.ndarray, length: np.ndarray) -> bool:
+    bias = agreement.length_bias(judge, labels, length)
+    return agreement.likes_length(agreement.length_effect(judge, length), bias)
+
 
 EXPERIMENTS = (
     Experiment(
@@ -252,8 +290,14 @@ EXPERIMENTS = (
         "the gap task, with a reward model that learned from coin flips: worth nothing",
         _simulated(Features(paying=3, seen=3, steered=60), Design(shuffled=True)),
     ),
+    Experiment(
+        "equal arms",
+        f"three offline arms are alike, and RL leads each by just what matters: true D = {EQUAL.lead:g}",
+        EQUAL.study,
+    ),
     Experiment("fair judge", "likes length as much as the labels do", lambda rng: judged(rng, 0.0)),
     Experiment("biased judge", f"likes length more, by {LENGTH} in log-odds", lambda rng: judged(rng, LENGTH)),
+    Experiment("erring judge", f"repeats labels that dislike length by {LENGTH} in log-odds, and turns {ERRORS:.0%} of them round", erring),
 )  # fmt: skip
 
 CHECKS = (
@@ -283,24 +327,12 @@ CHECKS = (
     Check("shuffled labels", f"“{RL}”, with a pilot", says(RL, "observed"), NEVER),
     Check("shuffled labels", f"“{RL}”, predicted", says(RL, "predicted"), NEVER),
     Check("shuffled labels", "“improve coverage first”, predicted, though a perfect judge gains much", says("improve coverage first", "predicted"), NEVER),
+    Check("equal arms", f"“{DPO}”, with a pilot", says(DPO, "observed"), NEVER),
+    Check("equal arms", "the interval of D covers the truth", covers("difference", EQUAL.lead), COVERS),
     Check("fair judge", "the length warning fires", bool, NEVER),
     Check("biased judge", "the length warning fires", bool, MOSTLY),
+    Check("erring judge", "the length warning fires", bool, NEVER),
 )  # fmt: skip
-
-
-def judged(rng: np.random.Generator, bias: float, comparisons: int = 400) -> bool:
-    """Whether a judge of so many comparisons is found to like length more than their labels do.
-
-    Quality and length differ by a normal amount each; labels follow quality and, a little, length.
-    """
-    quality, length = rng.standard_normal((2, comparisons))
-    truth = 1.5 * quality + 0.3 * length
-    labels, judge = (
-        (rng.random(comparisons) < special.expit(truth + extra * length)).astype(float)
-        for extra in (0.0, bias)
-    )
-    found = agreement.length_bias(judge, labels, length)
-    return found.low is not None and found.low > 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -310,9 +342,9 @@ def main(argv: Sequence[str]) -> int:
       argv: the further arguments.
 
     Returns:
-      Exit code: 0 where every rule holds, 1 where one does not, 2 where the request itself is wrong.
+      Exit code: 0 where every rule holds, 1 where one does not, 64 where the request itself is wrong.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gvjax gap --calibrate",
         description="Simulate studies whose truth is known and check that intervals cover it and advice respects it.",
     )
@@ -338,7 +370,7 @@ def main(argv: Sequence[str]) -> int:
             " a seed of 0 or more",
             file=sys.stderr,
         )
-        return 2
+        return USER_ERROR
     console = Console(width=None if sys.stdout.isatty() else 160)
     return calibrate(
         console, studies=options.studies, seed=options.seed, directory=options.out

@@ -37,7 +37,7 @@ def compare(settings: config.StudyConfig, console: Console) -> StudyResults:
             store.started()
         share_compiled_programs(store)
         plan = planning.plan_of(settings, code_fingerprint())
-        perform = functools.partial(performing.perform, settings)
+        perform = functools.partial(performing.perform, settings, plan)
         progress.do_all(settings, plan.stages, store, perform, console)
         results = gathering.gather(settings, plan, store)
         if jax.process_index() == 0:

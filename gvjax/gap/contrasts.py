@@ -16,6 +16,7 @@ from gvjax.gap.results import (
     SeedResult,
     StudyResults,
     TaskResult,
+    chosen_on_test,
 )
 from gvjax.gap.statistics import Estimate
 
@@ -251,6 +252,11 @@ def verdict(results: StudyResults) -> Verdict:
     headline, tone = _headline(raw, matched)
     task = results.task(raw.contrast.task)
     sentences = [f"On {task.task}, {describe(raw)}{_over(len(raw.seeds))}."]
+    if _flattered(task, raw):
+        sentences.append(
+            "The best offline arm was chosen for each seed on the test prompts themselves, which flatters it: these "
+            "results hold no gold on validation prompts."
+        )
     if not raw.same_checkpoint:
         sentences.append(_capital(describe(matched)) + ".")
     for other in raws[1:]:
@@ -339,15 +345,21 @@ def _would_change(task: TaskResult, raw: Outcome, matched: Outcome) -> list[str]
         lines.append(
             "A limit on KL: at equal distance from the SFT policy the data do not say the same."
         )
-    if raw.contrast.b == BEST_OFFLINE and tone == "ahead":
+    if _flattered(task, raw):
         lines.append(
-            "Not a fairer choice of the offline arm: it was picked for each seed on the test prompts themselves, which "
-            "flatters it, and choosing it elsewhere could only widen the lead."
+            "Not a fairer choice of the offline arm, on other prompts than it is tested on: that could only widen the lead."
+            if tone == "ahead"
+            else "A choice of the offline arm on other prompts than it is tested on: that could only help the other arm."
         )
     lines.append(
         "Another task. An advantage seen here is evidence about this gold reward and this amount of data, not about others."
     )
     return lines
+
+
+def _flattered(task: TaskResult, outcome: Outcome) -> bool:
+    """Whether the second arm was chosen on the prompts it is tested on."""
+    return outcome.contrast.b == BEST_OFFLINE and chosen_on_test(task.offline)
 
 
 def _paired(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from gvjax.gap import results
 from gvjax.gap.advice import Advice
 from gvjax.gap.results import StudyResults
+from gvjax.gap.statistics import Prompts
 
 SeedValues = dict[str, float | None]
 """A value for every seed, by seed; None where that seed has none."""
@@ -31,7 +32,7 @@ class Quantity:
       equivalent: whether equality with 0 within the margin was shown at level .05; None where not tested.
       detectable: the smallest true value that this design finds in 80% of studies.
       seeds: every seed's value.
-      reason: why something above is None, or ''.
+      reason: why something above is None, or on what less than everything it rests, or ''.
     """
 
     key: str
@@ -146,6 +147,7 @@ class TaskFinding:
       onsets: arm -> per seed, the KL at which over-optimisation sets in: gold falls while the proxy rises; None where it
         does not.
       judge: who compared policies; None without a pilot.
+      prompts: "crossed" where all seeds share test prompts and held-out pairs, "nested" where each seed draws its own.
     """
 
     task: str
@@ -160,6 +162,7 @@ class TaskFinding:
     pilot: StudyResults | None = None
     onsets: dict[str, SeedValues] = dataclasses.field(default_factory=dict)
     judge: JudgeFinding | None = None
+    prompts: Prompts = "nested"
 
     def quantity(self, name: str) -> Quantity:
         """The number of that name.

@@ -40,7 +40,7 @@ def measure(settings: config.GapConfig, console: Console) -> GapFindings:
             store.started()
         share_compiled_programs(store)
         plan = measurement.plan_of(settings, code_fingerprint())
-        perform = functools.partial(measurement.perform, settings)
+        perform = functools.partial(measurement.perform, settings, plan)
         progress.do_all(settings, plan.stages, store, perform, console)
         findings = weighing.weigh(settings, plan, store)
         if jax.process_index() == 0:

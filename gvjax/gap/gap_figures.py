@@ -32,6 +32,7 @@ SHORT = {
     "verifier's gain at the largest n, less that at the chosen n": "largest n − chosen n",
     "online policy's lead over the best offline one": "online − best offline",
     "the same at equal KL to the SFT policy": "the same at equal KL",
+    "the same over the offline policy that wins most on these very prompts": "online − luckiest offline",
     "head to head, online against the best offline policy": "online against offline",
     "on-policy completions instead of offline ones": "own − SFT's completions",
     "gold labels instead of the verifier's": "gold − verifier's labels",

@@ -13,7 +13,7 @@ from rich.text import Text
 from gvjax.gap import gap_figures, report
 from gvjax.gap.figures import number
 from gvjax.gap.findings import GapFindings, Multiplier, Quantity, TaskFinding
-from gvjax.gap.results import write_whole
+from gvjax.gap.results import chosen_on_test, write_whole
 
 TONES = {
     "RL is likely to pay": "ahead",
@@ -62,6 +62,13 @@ def page(findings: GapFindings) -> str:
         tone=TONES[findings.advice.verdict],
         tasks=[_task_context(findings, task) for task in findings.tasks],
         margins=findings.config["margins"],
+        shared=any(task.prompts == "crossed" for task in findings.tasks),
+        flattered=any(
+            chosen_on_test(task.offline)
+            for finding in findings.tasks
+            if finding.pilot is not None
+            for task in finding.pilot.tasks
+        ),
         config=json.dumps(findings.config, indent=2, default=str),
         ledger_columns=list(report.LEDGER_COLUMNS.values()),
         seed_list=findings.seeds,

@@ -1,14 +1,12 @@
 """What the finished stages of a study add up to."""
 
 import dataclasses
-import importlib.metadata
+import functools
 import inspect
 import math
-import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from gvjax import config
@@ -29,8 +27,11 @@ from gvjax.gap.results import (
     StudyResults,
     TaskResult,
 )
-from gvjax.gap.stages import Store
+from gvjax.gap.stages import Store, versions_behind
+from gvjax.gap.statistics import Prompts
+from gvjax.recipes.dataset import Dataset
 from gvjax.recipes.ground import Ground, task_of
+from gvjax.tasks.task import Task
 
 START = "SFT"
 
@@ -42,7 +43,7 @@ def gather(study: config.StudyConfig, plan: Plan, store: Store) -> StudyResults:
         name=study.study,
         config=config.resolved(study),
         config_hash=config.config_hash(study),
-        versions=versions(),
+        versions=versions_behind(plan.stages, store),
         started=store.started(),
         tasks=tuple(
             _gather_task(study, plan, store, ground, number)
@@ -62,15 +63,9 @@ def gather(study: config.StudyConfig, plan: Plan, store: Store) -> StudyResults:
     return contrasts.analyse(results)
 
 
-def versions() -> dict[str, str]:
-    """Of what computed the numbers, and the device."""
-    packages = ("gvjax", "jax", "jaxlib", "flax", "optax", "numpy")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {
-        **found,
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-    }
+def prompts_of(task: Task) -> Prompts:
+    """How the test prompts and held-out pairs of a task's seeds lie: those of a dataset are the same rows for all seeds."""
+    return "crossed" if isinstance(task, Dataset) else "nested"
 
 
 def _gather_task(
@@ -98,20 +93,7 @@ def _gather_task(
             trials = [result("trial", seed, name, trial) for trial in range(len(tried))]
             best = max(range(len(tried)), key=lambda trial: trials[trial]["validation"])
             chosen[name, seed] = trials[best]
-            ledger = Ledger()
-            for settings, each in zip(tried, trials):
-                ledger += dataclasses.replace(
-                    spending.spent(settings, ground, study.pairs.count),
-                    seconds=each["seconds"],
-                )
-            if _uses_reward_model(arm, tried[0]):
-                ledger += dataclasses.replace(
-                    spending.spent(study.reward, ground, study.pairs.count),
-                    seconds=result("reward", seed)["seconds"],
-                )
-            # Sweep and reward model read the same labels: they are bought once.
-            labels = study.pairs.count if ledger.labels else 0
-            ledger = dataclasses.replace(ledger, labels=labels)
+            ledger = _ledger(study, ground, name, functools.partial(result, seed=seed))
             setting = _differences(tried[best], arm) if arm.sweep else {}
             seeds.append(
                 _seed_result(seed, trials[best], setting=setting, ledger=ledger)
@@ -147,7 +129,7 @@ def _gather_task(
         task=section.name,
         role="twin" if number else "main",
         arms=tuple(gathered),
-        prompts="nested",
+        prompts=prompts_of(task),
         scorers=tuple(
             ScorerResult(name, tuple(seeds), described[name])
             for name, seeds in scorers.items()
@@ -176,6 +158,45 @@ def _gather_task(
             0
         ],
     )
+
+
+def _ledger(
+    study: config.StudyConfig,
+    ground: Ground,
+    name: str,
+    result: Callable[..., dict[str, Any]],
+) -> Ledger:
+    """What an arm of one seed spent: its own trials and those of the arm it starts from, and once what all of them read.
+
+    Args:
+      study: the study.
+      ground: its network.
+      name: of the arm.
+      result: of a kind of stage, of an arm and a trial.
+    """
+    arms = {each: study.arms[each] for each in (study.arms[name].start, name) if each != "sft"}  # fmt: skip
+    count = study.pairs.count
+
+    def timed(ledger: Ledger, kind: str, **place) -> Ledger:
+        return dataclasses.replace(ledger, seconds=result(kind, **place)["seconds"])
+
+    total = Ledger()
+    for each, arm in arms.items():
+        ranks = config.needs_ranked_samples(arm)
+        more = (
+            study.augmentation.prompts if arm.data == "augmented" and not ranks else 0
+        )
+        for trial, settings in enumerate(config.arm_settings(arm)):
+            spent = spending.spent(settings, ground, count + more)
+            if arm.data == "relabelled":
+                spent += spending.scored(ground, 2 * count)
+            total += timed(spent, "trial", arm=each, trial=trial)
+    if any(_uses_reward_model(arm) for arm in arms.values()):
+        total += timed(spending.spent(study.reward, ground, count), "reward")
+    if any(config.needs_ranked_samples(arm) for arm in arms.values()):
+        total += timed(spending.ranked(study.augmentation, ground), "augmented")
+    # All of them read the same labels: they are bought once.
+    return dataclasses.replace(total, labels=count if total.labels else 0)
 
 
 def _seed_result(
@@ -213,17 +234,18 @@ def _scorer_seed(seed: int, found: Mapping[str, Any]) -> ScorerSeed:
     return ScorerSeed(
         seed,
         scorer["log_likelihood"],
-        scorer["gold_accuracy"],
+        scorer["accuracy"],
         scorer["calibration_error"],
         tuple(scorer["pair_log_likelihoods"]),
+        scorer["gold_accuracy"],
     )
 
 
-def _uses_reward_model(arm: config.ArmSection, settings: config.Section) -> bool:
-    rewards = getattr(settings, "rewards", None)
-    return (arm.road == "offline" and arm.data != "pairs") or (
-        rewards is not None and rewards.reward_model > 0
-    )
+def _uses_reward_model(arm: config.ArmSection) -> bool:
+    if arm.road == "offline" and arm.data != "pairs":
+        return True
+    sources = [getattr(each, "rewards", None) for each in config.arm_settings(arm)]
+    return any(each is not None and each.reward_model > 0 for each in sources)
 
 
 def _differences(settings: config.Section, arm: config.ArmSection) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The stages of a measurement of the gap: those of a study of both roads, and scorers and samples beside them."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,8 @@ from gvjax.gap import planning, quantities, scorers, spending
 from gvjax.gap.performing import Scene, run_of, scorer_numbers
 from gvjax.gap.planning import Plan
 from gvjax.gap.stages import Report, Stage, Store
-from gvjax.recipes import loop, sft
-from gvjax.recipes.ground import Ground, cached, task_of
+from gvjax.recipes import identity, loop, sft
+from gvjax.recipes.ground import Ground, task_of
 from gvjax.recipes.pairs import Pairs
 from gvjax.recipes.programs import sample_all
 from gvjax.recipes.rows import completions_of, role_key, role_rng
@@ -58,14 +59,15 @@ def resized_ground(settings: config.GapConfig, place: int) -> Ground:
 
 
 def plan_of(settings: config.GapConfig, code: str) -> GapPlan:
-    """Every stage of a measurement, in an order in which they can be done.
+    """Every stage of a measurement, in an order in which they can be done; made once, see `planning.plan_of`.
 
     Args:
       settings: the measurement.
-      code: fingerprint of the code that will do it, as the process that leads it sees it.
+      code: fingerprint of gvjax's own code.
     """
+    content = functools.cache(identity.content_of)
     tasks = [
-        _task_plan(settings, number, code)
+        _task_plan(settings, number, code, content)
         for number in range(len(config.gap_tasks(settings)))
     ]
     stages: dict[str, Stage] = {}
@@ -88,12 +90,15 @@ def scorer_arm(kind: str, count: int) -> str:
     return f"{kind}, {count} pairs"
 
 
-def _task_plan(settings: config.GapConfig, number: int, code: str) -> Plan:
+def _task_plan(
+    settings: config.GapConfig, number: int, code: str, content: identity.Content
+) -> Plan:
     study = config.study_of(settings, number)
     ground = planning.ground_for(study)
     section, sizes = settings.scorers, sizes_of(settings)
     name = config.gap_tasks(settings)[number].name
     has_gold = task_of(study.task, settings.seeds[0]).reward_range is not None
+    behind_task = planning.content_of_task(study.task, settings.seeds[0], content)
     made: list[Stage] = []
     by_place: dict[tuple[Any, ...], Stage] = {}
 
@@ -142,7 +147,7 @@ def _task_plan(settings: config.GapConfig, number: int, code: str) -> Plan:
     def verifier(start: Stage, pairs: Stage) -> list[Stage]:
         return scorer(section.verifier, sizes[-1], (start, pairs))
 
-    plan = planning.plan_of(study, code, verifier)
+    plan = planning.plan_of(study, code, verifier, content)
     for seed in settings.seeds:
         needed = plan.of("sft", seed), plan.of("pairs", seed)
         full = [stage for stage in made if stage.place[0] == seed]
@@ -169,9 +174,12 @@ def _task_plan(settings: config.GapConfig, number: int, code: str) -> Plan:
         )
         for place in range(len(settings.sizes) if number == 0 else 0):
             small = resized_ground(settings, place)
+            model = {**settings.model, **settings.sizes[place]}
             inputs = {
-                "model": {**settings.model, **settings.sizes[place]},
+                "model": model,
+                "weights": identity.weights(model, content),
                 "task": settings.task.model_dump(),
+                "behind_task": behind_task,
                 "seed": seed,
                 "settings": settings.sft.model_dump(),
                 "seeds_together": settings.seeds_together,
@@ -191,6 +199,7 @@ def _task_plan(settings: config.GapConfig, number: int, code: str) -> Plan:
             inputs = section.model_dump(
                 include={"pooling", "learning_rates", "steps", "batch_size", "evaluate_every"}
             )  # fmt: skip
+            inputs["best_of_n"] = drawn.best_of_n
             parents = (start, samples, plan.of("reward", seed))
             add(
                 "resized", seed, "", place, label, inputs, parents, 2 * flops + 4 * work
@@ -199,19 +208,17 @@ def _task_plan(settings: config.GapConfig, number: int, code: str) -> Plan:
 
 
 def perform(
-    settings: config.GapConfig, stage: Stage, store: Store, report: Report
+    settings: config.GapConfig,
+    plan: GapPlan,
+    stage: Stage,
+    store: Store,
+    report: Report,
 ) -> Mapping[str, Any]:
-    """Does one stage of a measurement, in whichever process."""
+    """Does one stage of a measurement, in whichever process; the plan is the leader's."""
     seed, number, arm, trial = stage.place
-    plan = _plan(settings, stage.code).tasks[number]
-    scene = MeasuredScene(settings, plan, store, seed=seed, number=number)
+    scene = MeasuredScene(settings, plan.tasks[number], store, seed=seed, number=number)
     run = run_of(settings, stage, store, report)
     return scene.do(stage.kind, run, arm=arm, trial=trial)
-
-
-@cached
-def _plan(settings: config.GapConfig, code: str) -> GapPlan:
-    return plan_of(settings, code)
 
 
 class MeasuredScene(Scene):
@@ -442,10 +449,14 @@ class MeasuredScene(Scene):
         if paraphrase is None:
             return None
         rng = role_rng(self.seed, "paraphrases")
+        chosen = paraphrase(rng, pairs.prompts, pairs.chosen)
+        rejected = paraphrase(rng, pairs.prompts, pairs.rejected)
         return dataclasses.replace(
             pairs,
-            chosen=paraphrase(rng, pairs.prompts, pairs.chosen),
-            rejected=paraphrase(rng, pairs.prompts, pairs.rejected),
+            chosen=chosen,
+            rejected=rejected,
+            chosen_gold=self.task.reward(pairs.prompts, chosen),
+            rejected_gold=self.task.reward(pairs.prompts, rejected),
         )
 
 

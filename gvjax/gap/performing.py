@@ -10,7 +10,7 @@ from scipy import special
 
 from gvjax import config
 from gvjax.gap import statistics
-from gvjax.gap.planning import Plan, ground_for, plan_of, task_sections
+from gvjax.gap.planning import Plan, ground_for, task_sections
 from gvjax.gap.stages import Report, Stage, Store
 from gvjax.recipes import (
     best_of_n,
@@ -39,10 +39,9 @@ SAMPLES_SHOWN = 4
 
 
 def perform(
-    study: config.StudyConfig, stage: Stage, store: Store, report: Report
+    study: config.StudyConfig, plan: Plan, stage: Stage, store: Store, report: Report
 ) -> Mapping[str, Any]:
-    """Does one stage of a study, in whichever process."""
-    plan = _plan(study, stage.code)
+    """Does one stage of a study, in whichever process; the plan is the leader's."""
     seed, task_number, arm, trial = stage.place
     scene = Scene(study, plan, store, seed=seed, task_number=task_number)
     run = run_of(study, stage, store, report)
@@ -63,11 +62,6 @@ def run_of(
         timeouts=settings.timeouts,
         progress=report,
     )
-
-
-@cached
-def _plan(study: config.StudyConfig, code: str) -> Plan:
-    return plan_of(study, code)
 
 
 class Scene:
@@ -265,13 +259,17 @@ class Scene:
         if section.start != "sft":
             inputs = self._from_arm(inputs, section.start)
         if isinstance(settings, config.BestOfNSection):
-            judged = best_of_n.evaluate(
-                settings, inputs, self.test_prompts, role="test"
+            validated, judged = (
+                best_of_n.evaluate(settings, inputs, prompts, role=which)
+                for which, prompts in (
+                    ("validation", self.validation_prompts),
+                    ("test", self.test_prompts),
+                )
             )
             return {
                 "round": 0,
                 "curve": [],
-                "validation": 0.0,
+                "validation": validated.summary()["gold"],
                 **_numbers(judged, self),
             }
         trained = single.train_policy(settings, inputs, run, select=section.select)

@@ -6,15 +6,14 @@ prompts and the random numbers of evaluation.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gvjax import config
 from gvjax.gap import spending
 from gvjax.gap.stages import Stage
-from gvjax.recipes import (
-    single,
-)
+from gvjax.recipes import identity, single
 from gvjax.recipes.dataset import Dataset
 from gvjax.recipes.ground import Ground, ground_of, task_of
 from gvjax.tasks.task import Split, Task
@@ -123,45 +122,60 @@ def ground_for(study: config.StudyConfig) -> Ground:
     return grounds[0]
 
 
+def content_of_task(
+    section: config.AnyTask, seed: int, content: identity.Content
+) -> dict[str, str | None]:
+    """Hashes of what a task is made of beyond its config: files, code given by import path, and the rows of a dataset."""
+    rows = getattr(task_of(section, seed), "fingerprint", None)
+    return {**identity.named(section, content), identity.ROWS: rows}
+
+
 def plan_of(
-    study: config.StudyConfig, code: str, candidates: Candidates | None = None
+    study: config.StudyConfig,
+    code: str,
+    candidates: Candidates | None = None,
+    content: identity.Content | None = None,
 ) -> Plan:
     """Every stage of a study, in an order in which they can be done.
 
+    It is made once, by the process that leads: files and code that the config names are hashed into the keys, as they
+    stand then.
+
     Args:
       study: the study.
-      code: fingerprint of the code that will do it, as the process that leads the study sees it.
+      code: fingerprint of gvjax's own code.
       candidates: makes the stages that the reward stage chooses among, instead of training; they are not in the plan.
+      content: hashes a file or folder, each once where several plans share them; null remembers for this plan alone.
     """
+    content = content or functools.cache(identity.content_of)
     ground = ground_for(study)
     stages: list[Stage] = []
     by_place: dict[tuple[Any, ...], Stage] = {}
     shared: dict[str, Any] = {
         "model": study.model,
+        "weights": identity.weights(study.model, content),
         "evaluation": study.evaluation.model_dump(),
         # A program over lanes rounds otherwise than that of one seed.
         "seeds_together": study.seeds_together,
     }
     if study.lora is not None:
         shared["lora"] = study.lora.model_dump()
-    contents = [
-        getattr(task_of(section, study.seeds[0]), "fingerprint", None)
+    behind_tasks = [
+        content_of_task(section, study.seeds[0], content)
         for section in task_sections(study)
     ]
 
     def add(kind, seed, task, arm, trial, label, inputs: dict[str, Any], parents, cost):
-        name = task_sections(study)[task].name
-        if kind == "sft":
-            place = {"task": study.task.model_dump(), "seed": seed}
-        else:
-            section = task_sections(study)[task]
-            place = {"task": section.model_dump(), "seed": seed}
-        if (content := contents[0 if kind == "sft" else task]) is not None:
-            place["content"] = content
+        section = task_sections(study)[task]
+        place = {
+            "task": section.model_dump(),
+            "behind_task": behind_tasks[task],
+            "seed": seed,
+        }
         stage = Stage(
             kind=kind,
             place=(seed, task, arm, trial),
-            label=f"{name} seed {seed}: {label}",
+            label=f"{section.name} seed {seed}: {label}",
             inputs={**shared, **place, **inputs},
             parents=tuple(parents),
             cost=cost,
@@ -256,6 +270,7 @@ def plan_of(
                 for trial, tried in enumerate(config.arm_settings(arm)):
                     inputs = {
                         "settings": tried.model_dump(),
+                        "behind_settings": identity.named(tried, content),
                         "select": arm.select,
                         "data": arm.data,
                         "start": arm.start,

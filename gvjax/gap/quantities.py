@@ -78,11 +78,11 @@ class DataMultiplier:
     """How many times the verifier's data the policy needs to predict as well.
 
     Attributes:
-      identified: whether it is known: both curves fall, and to the same asymptote.
+      identified: whether there is such a number: both curves fall, and not to asymptotes that are shown to differ.
       value: N_policy / N_verifier at equal likelihood, from the fit with one asymptote; None where not identified.
-      low, high: 95% interval, by bootstrap over seeds and pairs.
+      low, high: 95% interval, Student's t of log M over seeds.
       asymptotes: (policy's, verifier's), nats per pair, from the fit with two.
-      gap: interval of the policy's asymptote less the verifier's.
+      gap: 95% interval of the policy's asymptote less the verifier's, Student's t over seeds.
       reason: why it is not identified, or ''.
     """
 
@@ -99,23 +99,25 @@ def data_multiplier(
     sizes: Sequence[int],
     policy: npt.ArrayLike,
     verifier: npt.ArrayLike,
-    *,
-    resamples: int = 500,
-    seed: int = 0,
 ) -> DataMultiplier:
     """Fits NLL(N) = a + b N^−c to both learning curves and compares them.
 
         M = (b_policy / b_verifier)^(1/c)   with one a and one c for both
 
     c is found on a grid, a and b by least squares. A second fit with an asymptote each says whether one is enough: if the
-    bootstrap interval of their difference excludes 0, no amount of labels does what the verifier does, and M is not
-    identified.
+    interval of their difference excludes 0, no amount of labels does what the verifier does, and M is not identified.
+    Intervals are Student's t with S − 1 degrees of freedom around the fit of all S seeds, of the jackknife's error:
+
+        se² = (S − 1)/S Σ_s (θ_(s) − mean θ)²,   θ_(s) the fit without seed s
+
+    A percentile bootstrap of few seeds would be too narrow. Seeds that share their held-out pairs say nothing of other pairs.
 
     Args:
       sizes: K >= 3 numbers of training pairs, ascending.
       policy, verifier: [seeds, K, pairs], NLL of each held-out pair, nats.
-      resamples: of the bootstrap over seeds, and over pairs within them.
-      seed: of its random numbers.
+
+    References:
+      Tukey, 1958, https://doi.org/10.1214/aoms/1177706647.
     """
     n = np.asarray(sizes, np.float64)
     losses = np.stack(
@@ -126,47 +128,43 @@ def data_multiplier(
             f"losses [seeds, sizes, pairs] of policy and verifier have shape {losses.shape} with {n.size} sizes; give at"
             " least three sizes"
         )
-    curves = _resampled(losses, resamples, seed)
+    curves = _without_each(losses.mean(axis=3))
     one = _fit(n, curves, asymptotes=1)
     two = _fit(n, curves, asymptotes=2)
-    apart = two["a"][:, 0] - two["a"][:, 1]
-    gap = _middle(apart[1:])
-    falls: Array = np.all(one["b"] > 0, axis=1)
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        multipliers: Array = np.where(
-            falls, (one["b"][:, 0] / one["b"][:, 1]) ** (1 / one["c"]), np.nan
-        )
+    gap = _jackknife(two["a"][:, 0] - two["a"][:, 1])
     reason = ""
     if losses.shape[0] < 2:
         reason = statistics.ONE_SEED
-    elif not falls[0] or falls[1:].mean() < 0.95:
+    elif not np.all(one["b"] > 0):
         reason = "the learning curves do not both fall with data"
     elif not gap[0] <= 0 <= gap[1]:
         reason = "the curves run to different asymptotes: no number of labels makes up for it"
     asymptotes = float(two["a"][0, 0]), float(two["a"][0, 1])
     if reason:
         return DataMultiplier(False, None, None, None, asymptotes, gap, reason)
-    low, high = _middle(multipliers[1:][falls[1:]])
-    value = float(multipliers[0])
-    return DataMultiplier(
-        True, value, min(low, value), max(high, value), asymptotes, gap, ""
-    )
+    logs = (np.log(one["b"][:, 0]) - np.log(one["b"][:, 1])) / one["c"]
+    with np.errstate(over="ignore"):
+        value, low, high = (float(np.exp(v)) for v in (logs[0], *_jackknife(logs)))
+    return DataMultiplier(True, value, low, high, asymptotes, gap, "")
 
 
-def _resampled(losses: Array, resamples: int, seed: int) -> Array:
-    """f64[1 + resamples, 2, sizes]: the mean curves, first as measured, then of resampled seeds and pairs."""
-    num_seeds, _, _, num_pairs = losses.shape
-    generator = np.random.default_rng(seed)
-    curves = [losses.mean(axis=(0, 3))]
-    for _ in range(resamples):
-        drawn = generator.integers(num_seeds, size=num_seeds)
-        # The same pairs at every size and for both, which is what makes their difference precise.
-        means = [
-            losses[s][..., generator.integers(num_pairs, size=num_pairs)].mean(axis=-1)
-            for s in np.asarray(drawn)
-        ]
-        curves.append(np.mean(means, axis=0))
-    return np.stack(curves)
+def _without_each(curves: Array) -> Array:
+    """f64[1 + S, ...]: the mean over all seeds of f64[S, ...], then that without each seed; only the first of one seed."""
+    count, whole = len(curves), curves.mean(axis=0, keepdims=True)
+    if count < 2:
+        return whole
+    return np.concatenate([whole, (count * whole - curves) / (count - 1)])
+
+
+def _jackknife(values: Array) -> tuple[float, float]:
+    """95% t interval around the first value, from those without each seed; see `_without_each`."""
+    whole, without = float(values[0]), values[1:]
+    if not without.size:
+        return float("nan"), float("nan")
+    error = float(np.sqrt(without.var() * (len(without) - 1)))
+    estimate = Estimate(whole, error, float(len(without) - 1), "jackknife over seeds")
+    low, high = estimate.interval() or (whole, whole)
+    return low, high
 
 
 def _fit(n: Array, curves: Array, *, asymptotes: int) -> dict[str, Array]:
@@ -189,13 +187,6 @@ def _fit(n: Array, curves: Array, *, asymptotes: int) -> dict[str, Array]:
         exponents = np.where(better, c, exponents)
     a = kept[[0, asymptotes - 1]].T
     return {"a": a, "b": kept[-2:].T, "c": exponents}
-
-
-def _middle(values: Array) -> tuple[float, float]:
-    if not values.size:
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
 
 
 # Q3: what a scorer's lead rests on.
@@ -245,17 +236,20 @@ def winrates(gold: npt.ArrayLike, opponents: npt.ArrayLike) -> Array:
     return ((np.sign(gold[:, :, None] - opponents[:, None]) + 1) / 2).mean(axis=-1)
 
 
-def headroom(scores: npt.ArrayLike, wins: npt.ArrayLike, sizes: Sequence[int]) -> Array:
-    """f64[sizes]: winrate − ½ of the best of n samples by a scorer, over prompts; unbiased.
+def chosen(scores: npt.ArrayLike, worth: npt.ArrayLike, sizes: Sequence[int]) -> Array:
+    """f64[sizes, prompts]: what the best of n samples by a scorer is worth, for every prompt; unbiased.
 
     Args:
       scores: [prompts, M], the scorer's.
-      wins: [prompts, M], see `winrates`.
+      worth: [prompts, M], e.g. `winrates` or gold rewards.
       sizes: each in [1, M].
     """
-    return np.array(
-        [float(statistics.best_of_n(scores, wins, n).mean()) - 0.5 for n in sizes]
-    )
+    return np.stack([statistics.best_of_n(scores, worth, n) for n in sizes])
+
+
+def headroom(scores: npt.ArrayLike, wins: npt.ArrayLike, sizes: Sequence[int]) -> Array:
+    """f64[sizes]: winrate − ½ of the best of n samples by a scorer, over prompts; see `chosen`."""
+    return chosen(scores, wins, sizes).mean(axis=1) - 0.5
 
 
 def chosen_size(curves: npt.ArrayLike, sizes: Sequence[int]) -> int:
@@ -435,6 +429,8 @@ def length_share(lengths: npt.ArrayLike, gold: npt.ArrayLike) -> float:
       lengths, gold: [prompts, M].
     """
     x, y = (np.asarray(v, np.float64) for v in (lengths, gold))
+    # From the first of each prompt: the mean of equal values rounds, and would be told apart from them.
+    x, y = (v - v[:, :1] for v in (x, y))
     x, y = (v - v.mean(axis=1, keepdims=True) for v in (x, y))
     spread = (x**2).sum() * (y**2).sum()
     return float((x * y).sum() ** 2 / spread) if spread > 0 else 0.0

@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 import statistics as stdlib_statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jinja2
@@ -25,6 +25,7 @@ from gvjax.gap.results import (
     Outcome,
     StudyResults,
     TaskResult,
+    chosen_on_test,
     write_whole,
 )
 from gvjax.gap.statistics import Estimate
@@ -60,9 +61,8 @@ def page(results: StudyResults) -> str:
         verdict=contrasts.verdict(results),
         tasks=[task_context(task) for task in results.tasks],
         twins=forests(results),
-        has_offline=any(
-            arm.road == "offline" for task in results.tasks for arm in task.arms
-        ),
+        has_offline=any(task.offline for task in results.tasks),
+        flattered=any(chosen_on_test(task.offline) for task in results.tasks),
         outcomes=[_outcome_context(outcome) for outcome in results.outcomes],
         config=json.dumps(results.config, indent=2, default=str),
         ledger_columns=list(LEDGER_COLUMNS.values()),
@@ -262,6 +262,7 @@ LEDGER_COLUMNS = {
     "sampled_tokens": "tokens sampled",
     "trained_tokens": "tokens trained",
     "reward_model_calls": "reward model calls",
+    "gold_calls": "gold reward calls",
     "flops": "FLOPs",
     "seconds": "seconds",
 }
@@ -292,11 +293,11 @@ def _amount(value: float) -> str:
 def _tiles(task: TaskResult) -> list[tuple[str, str, str]]:
     """(label, number, note) of the few numbers that say most."""
     best: list[tuple[str, ArmResult]] = [("SFT start", task.start)]
-    if any(arm.road == "offline" for arm in task.arms):
+    if task.offline:
         best.append((BEST_OFFLINE, task.arm(BEST_OFFLINE)))
     online = [arm for arm in task.arms if arm.road == "online"]
     if online:
-        top = max(online, key=_mean_gold)
+        top = max(online, key=_validation_gold(online))
         best.append((f"best online: {top.name}", top))
     tiles = []
     for label, arm in best:
@@ -307,6 +308,15 @@ def _tiles(task: TaskResult) -> list[tuple[str, str, str]]:
     if task.optimum is not None:
         tiles.append(("optimum", number(task.optimum, 2), ""))
     return tiles
+
+
+def _validation_gold(arms: Sequence[ArmResult]) -> Callable[[ArmResult], float]:
+    """What to choose among arms by: mean gold on validation prompts, on the test prompts where some lack it."""
+    if chosen_on_test(arms):
+        return _mean_gold
+    return lambda arm: stdlib_statistics.fmean(
+        seed.extra.get("validation_gold", 0.0) for seed in arm.seeds
+    )
 
 
 def _mean_gold(arm: ArmResult) -> float:
@@ -325,8 +335,7 @@ def forests(results: StudyResults) -> list[tuple[TaskResult, Figure]]:
     """Every arm's difference to the best offline one, one figure per task over one common range."""
     found = []
     for task in results.tasks:
-        offline = any(arm.road == "offline" for arm in task.arms)
-        reference = BEST_OFFLINE if offline else task.start.name
+        reference = BEST_OFFLINE if task.offline else task.start.name
         rows = []
         for arm in _by_road(task.arms):
             if arm.name == reference:
@@ -440,8 +449,8 @@ def _frontier(task: TaskResult) -> Figure:
         rules=_optimum(task, arms),
     )
     caption = (
-        "Higher at the same KL is a better use of it. KL goes with its square root, which gives small ones room. Lines are training runs from the SFT policy on, one per seed; "
-        "large markers are the mean reported checkpoints."
+        "Higher at the same KL is a better use of it. KL goes with its square root, which gives small ones room. Lines are training runs from the SFT policy on, one per seed, "
+        "on validation prompts; markers are the reported checkpoints on the test prompts, large ones their mean."
     )
     return Figure(
         f"Gold against KL, {task.task}", caption, svg, tuple(data), _legend(task, arms)
@@ -499,7 +508,7 @@ def _learning_curves(task: TaskResult) -> Figure | None:
         rules=_optimum(task, arms),
     )
     caption = (
-        "Thin lines are seeds; thick lines their mean, where all seeds were evaluated at the same steps. An arm whose "
+        "On validation prompts. Thin lines are seeds; thick lines their mean, where all seeds were evaluated at the same steps. An arm whose "
         "line still rises at its end was stopped early."
     )
     return Figure(
@@ -513,13 +522,25 @@ def _scorers(task: TaskResult) -> Figure | None:
         return None
     rows = []
     data: list[tuple[object, ...]] = [
-        ("scorer", "seed", "log_likelihood", "accuracy", "calibration_error")
-    ]
+        ("scorer", "seed", "log_likelihood", "accuracy", "gold_accuracy", "calibration_error")
+    ]  # fmt: skip
+    # Results of before both were kept have the second under the first one's name.
+    by_labels = all(
+        s.gold_accuracy is not None for scorer in task.scorers for s in scorer.seeds
+    )
+    right = "right" if by_labels else "right by gold"
     values = [CHANCE]
     for i, scorer in enumerate(task.scorers):
         likelihoods = [s.log_likelihood for s in scorer.seeds]
         data += [
-            (scorer.name, s.seed, s.log_likelihood, s.accuracy, s.calibration_error)
+            (
+                scorer.name,
+                s.seed,
+                s.log_likelihood,
+                s.accuracy if by_labels else None,
+                s.gold_accuracy if by_labels else s.accuracy,
+                s.calibration_error,
+            )
             for s in scorer.seeds
         ]
         accuracy = stdlib_statistics.fmean(s.accuracy for s in scorer.seeds)
@@ -529,7 +550,7 @@ def _scorers(task: TaskResult) -> Figure | None:
             value, interval = estimate.mean, estimate.interval()
         values += [*likelihoods, value, *(interval or ())]
         css = f"scorer-{i % 6}"
-        shown = f"{number(value, 3)} · {100 * accuracy:.0f}% right"
+        shown = f"{number(value, 3)} · {100 * accuracy:.0f}% {right}"
         tips = tuple(
             (
                 s.log_likelihood,
@@ -548,7 +569,12 @@ def _scorers(task: TaskResult) -> Figure | None:
     )
     caption = (
         "How well each scorer predicts held-out labels; further right is better. If checking is easier than writing, "
-        "the reward model stands right of the DPO policy's implicit reward. Bars are 95% t intervals over seeds."
+        "the reward model stands right of the DPO policy's implicit reward. Bars are 95% t intervals over seeds. "
+    )
+    caption += (
+        "Percentages are pairs in the order of their labels, which are noisy: nobody reaches 100."
+        if by_labels
+        else "Percentages are pairs in the order of their gold rewards, which no noise has touched."
     )
     return Figure(f"Scorers, {task.task}", caption, svg, tuple(data))
 

@@ -12,6 +12,7 @@ import math
 import pathlib
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, Literal
 
 VERSION = 1
@@ -34,6 +35,7 @@ class Ledger:
       flops: floating-point operations of sampling, scoring and training.
       seconds: wall-clock seconds, compilation included.
       reward_model_calls: completions scored by a learned reward model.
+      gold_calls: completions scored by the gold reward to be learned from or chosen among: labels beyond those of the pairs.
     """
 
     labels: int = 0
@@ -43,6 +45,7 @@ class Ledger:
     flops: float = 0.0
     seconds: float = 0.0
     reward_model_calls: int = 0
+    gold_calls: int = 0
 
     def __add__(self, other: "Ledger") -> "Ledger":
         return Ledger(
@@ -59,7 +62,8 @@ class CurvePoint:
 
     Attributes:
       step: optimizer updates made.
-      gold: mean gold reward on the test prompts.
+      gold: mean gold reward on the validation prompts; what is reported of a checkpoint, `SeedResult.gold`, is on the test
+        prompts.
       kl: nats per sequence, KL(policy ‖ SFT policy).
       length: mean completion tokens.
       winrate: in [0, 1], over the SFT policy's completions in gold reward; None where not taken.
@@ -87,8 +91,10 @@ class SeedResult:
       step: optimizer updates of the checkpoint reported.
       setting: the hyper-parameters chosen from the arm's sweep.
       curve: evaluations along the way, of the chosen setting, by step.
-      ledger: what the arm spent beyond the starting policy, the whole sweep and its reward model included.
-      extra: further numbers worth keeping, by name.
+      ledger: what the arm spent beyond the SFT policy: the whole sweep, its reward model, the samples that this ranked, and
+        all that the arm it starts from spent.
+      extra: further numbers worth keeping, by name; `validation_gold` is the mean gold reward of the reported checkpoint on
+        validation prompts, by which it was chosen.
     """
 
     seed: int
@@ -147,6 +153,8 @@ class ScorerSeed:
       seed: the training seed.
       log_likelihood: nats per pair, mean log-probability of the label; ln ½ = −.693 is chance.
       accuracy: share of pairs ordered as labelled; ties count ½.
+      gold_accuracy: share ordered as their gold rewards are, which labels follow but for noise; pairs of equal gold left
+        out. None where there is no gold, and in results of before it had this name: those have it under `accuracy`.
       calibration_error: expected calibration error, None where not measured.
       pair_log_likelihoods: [pairs], log-probability of each label; () where only the mean was kept.
     """
@@ -156,6 +164,7 @@ class ScorerSeed:
     accuracy: float
     calibration_error: float | None = None
     pair_log_likelihoods: tuple[float, ...] = ()
+    gold_accuracy: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +245,7 @@ class TaskResult:
           ValueError: there is no such arm.
         """
         if name == BEST_OFFLINE:
-            return best_arm([a for a in self.arms if a.road == "offline"], name)
+            return best_arm(self.offline, name)
         for arm in self.arms:
             if arm.name == name:
                 return arm
@@ -244,6 +253,11 @@ class TaskResult:
         raise ValueError(
             f"task {self.task!r} has no arm {name!r}{_near_miss(name, names)}; it has {names}"
         )
+
+    @property
+    def offline(self) -> tuple[ArmResult, ...]:
+        """The arms among which BEST_OFFLINE is."""
+        return tuple(arm for arm in self.arms if arm.road == "offline")
 
     @property
     def start(self) -> ArmResult:
@@ -257,28 +271,40 @@ class TaskResult:
 
 
 BEST_OFFLINE = "best offline"
-"""Names, in a contrast, the offline arm with the highest mean gold, chosen anew for each seed on the test prompts:
-optimistic for the offline road."""
+"""Names, in a contrast, the best offline arm, chosen anew for each seed; see `best_arm`."""
 
 
-def best_arm(arms: list[ArmResult], name: str) -> ArmResult:
-    """The composite arm that takes, for each seed, the arm with the highest mean gold on the test prompts.
+def chosen_on_test(arms: Sequence[ArmResult]) -> bool:
+    """Whether the best of some arms is chosen on the test prompts: a seed of one of them has no gold on validation ones."""
+    return len(arms) > 1 and not all(
+        "validation_gold" in seed.extra for arm in arms for seed in arm.seeds
+    )
 
-    Choosing on the same prompts that are reported flatters the composite, so use it as the *opponent* of the arm
-    that is claimed to be better.
+
+def best_arm(arms: Sequence[ArmResult], name: str) -> ArmResult:
+    """The composite arm that takes, for each seed, the arm with the highest mean gold on validation prompts.
+
+    Chosen on the prompts that are reported it would be flattered. That is harmless where another arm is claimed to be
+    better, and not where the composite is claimed to be enough: of equal arms the luckiest would stand for all. So the
+    test prompts choose only in results that lack validation gold, and the description says so.
     """
     if not arms:
         raise ValueError(f"no arms to make {name!r} of; give at least one")
+    on_test = chosen_on_test(arms)
+
+    def gold(result: SeedResult) -> float:
+        return result.mean_gold if on_test else result.extra.get("validation_gold", 0.0)
+
     chosen = []
     for seed in [result.seed for result in arms[0].seeds]:
         candidates = [(arm.seed(seed), arm) for arm in arms]
-        result, arm = max(candidates, key=lambda pair: pair[0].mean_gold)
+        result, arm = max(candidates, key=lambda pair: gold(pair[0]))
         setting = {"arm": arm.name, **result.setting}
         chosen.append(dataclasses.replace(result, setting=setting))
     names = ", ".join(arm.name for arm in arms)
-    return ArmResult(
-        name, arms[0].road, tuple(chosen), f"the best of {names}, seed by seed"
-    )
+    where = "the test prompts themselves, which flatters it" if on_test else "validation prompts"  # fmt: skip
+    description = f"the best of {names}, seed by seed by gold on {where}"
+    return ArmResult(name, arms[0].road, tuple(chosen), description)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +371,7 @@ class StudyResults:
       name: of the study.
       config: the resolved configuration.
       config_hash: its hash, taken before the run.
-      versions: of gvjax and the libraries under it, and the device.
+      versions: of gvjax and the libraries under it, and the device: of all that computed the numbers.
       started: ISO 8601 time, with its zone.
       tasks: TaskResult per task.
       contrasts: what was declared before the run.

@@ -58,7 +58,9 @@ class Scorer:
     score: Score
 
     def margins(self, pairs: Pairs) -> np.ndarray:
-        """f64[N]: score of chosen less that of rejected."""
+        """f64[N]: score of chosen less that of rejected. Gold's is what the pairs say: they do not know their rows."""
+        if self.name == "gold":
+            return pairs.chosen_gold.astype(np.float64) - pairs.rejected_gold
         chosen = self.score(pairs.prompts, pairs.chosen)
         return chosen - self.score(pairs.prompts, pairs.rejected)
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize, special
 
-from gvjax.gap import advice, quantities, statistics
+from gvjax.gap import advice, quantities, results, statistics
 from gvjax.gap.statistics import Estimate
 
 Array = npt.NDArray[np.float64]
@@ -268,6 +268,61 @@ def study(world: World, design: Design, rng: Rng) -> Study:
             advice.Tier2(design.seeds, **{k: both[k] for k in TIER2 if k in both}),
         ),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Contenders:
+    """A pilot with offline arms that are equal in truth, so that it cannot matter which of them is taken for the best.
+
+    Gold rewards are normal: an arm then beats the SFT policy in exactly the share of prompts that is asked for.
+
+    Attributes:
+      arms: of the offline road.
+      gain: winrate over the SFT policy, less ½, of each offline arm.
+      lead: winrate of the online arm, less that of any offline one.
+      spread: standard deviation of the lead between seeds.
+      seeds, prompts, validation_prompts: see Design.
+    """
+
+    arms: int = 3
+    gain: float = 0.05
+    lead: float = advice.Margins().winrate
+    spread: float = 0.01
+    seeds: int = 5
+    prompts: int = 600
+    validation_prompts: int = 300
+
+    def study(self, rng: Rng) -> Study:
+        """One pilot, from the arms' gold rewards to its advice; nothing is known of scorers."""
+        seeds = range(self.seeds)
+        leads = rng.normal(self.lead, self.spread, self.seeds)
+        start, online = self._arm(rng, 0 * leads), self._arm(rng, self.gain + leads)
+        offline = [self._arm(rng, self.gain + 0 * leads) for _ in range(self.arms)]
+        best = results.best_arm(offline, "best offline")
+        rows = [
+            quantities.lead(*(arm.seed(seed).gold for arm in (online, best, start)))
+            for seed in seeds
+        ]
+        estimates = {"difference": statistics.paired_mean(rows, prompts="nested")}
+        bounds = advice.simultaneous(estimates)
+        nothing = advice.Tier1(self.seeds)
+        return Study(
+            estimates,
+            advice.advise(nothing),
+            advice.advise(nothing, advice.Tier2(self.seeds, bounds["difference"])),
+        )
+
+    def _arm(self, rng: Rng, gains: Array) -> results.ArmResult:
+        """An arm of such a gain in every seed; the difference of two normal rewards has standard deviation √2."""
+        seeds = []
+        for seed, shift in enumerate(2**0.5 * special.ndtri(0.5 + gains)):
+            gold, validation = (
+                rng.normal(shift, 1.0, count)
+                for count in (self.prompts, self.validation_prompts)
+            )
+            extra = {"validation_gold": float(validation.mean())}
+            seeds.append(results.SeedResult(seed, tuple(gold), 1.0, 1.0, extra=extra))
+        return results.ArmResult("", "offline", tuple(seeds))
 
 
 @dataclasses.dataclass(frozen=True)

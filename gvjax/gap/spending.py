@@ -1,4 +1,4 @@
-"""What a recipe spends, by arithmetic on its settings: tokens, floating-point operations, labels, reward-model calls."""
+"""What a recipe spends, by arithmetic on its settings: tokens, floating-point operations, labels, calls of what rewards."""
 
 from gvjax import config
 from gvjax.gap.results import Ledger
@@ -12,13 +12,37 @@ def forward_flops(ground: Ground, tokens: int) -> float:
     return tokens / length * cost.forward_flops(ground.model, length)
 
 
+def sampled(ground: Ground, completions: int, prompts: int) -> Ledger:
+    """The ledger of drawing so many completions in all, of so many prompts."""
+    tokens = completions * ground.completion_length
+    passes = tokens + prompts * ground.prompt_length
+    return Ledger(
+        prompts=prompts, sampled_tokens=tokens, flops=forward_flops(ground, passes)
+    )
+
+
+def scored(ground: Ground, completions: int) -> Ledger:
+    """The ledger of so many calls of a reward model."""
+    length = ground.prompt_length + ground.completion_length
+    return Ledger(
+        reward_model_calls=completions,
+        flops=forward_flops(ground, completions * length),
+    )
+
+
+def ranked(section: config.AugmentationSection, ground: Ground) -> Ledger:
+    """The ledger of further samples that the reward model ranks, to be learned from offline."""
+    completions = section.prompts * section.samples_per_prompt
+    return sampled(ground, completions, section.prompts) + scored(ground, completions)
+
+
 def spent(settings: config.Section, ground: Ground, pairs: int) -> Ledger:
     """The ledger of one run of a recipe; `seconds` is left to whoever holds the clock.
 
     Args:
       settings: a recipe's section.
       ground: the network and the lengths, every sequence counted at full length.
-      pairs: labelled pairs that the recipe reads.
+      pairs: labelled pairs that the recipe reads, or prompts where it answers each of them.
     """
     length = ground.prompt_length + ground.completion_length
 
@@ -31,15 +55,17 @@ def spent(settings: config.Section, ground: Ground, pairs: int) -> Ledger:
         )
         return Ledger(labels=labels, trained_tokens=tokens, flops=flops, **more)
 
-    def sampling(completions: int, prompts: int, *, scored: bool) -> Ledger:
-        tokens = completions * ground.completion_length
-        passes = tokens + prompts * ground.prompt_length + scored * completions * length
-        return Ledger(
-            prompts=prompts,
-            sampled_tokens=tokens,
-            reward_model_calls=completions if scored else 0,
-            flops=forward_flops(ground, passes),
-        )
+    def sampling(
+        completions: int, prompts: int, rewards: config.RewardSources | None
+    ) -> Ledger:
+        drawn = sampled(ground, completions, prompts)
+        if rewards is None:
+            return drawn
+        if rewards.reward_model > 0:
+            drawn += scored(ground, completions)
+        verifier = rewards.verifier
+        by_gold = verifier is not None and verifier.path == "gold"
+        return drawn + Ledger(gold_calls=completions if by_gold else 0)
 
     match settings:
         case config.SftSection():
@@ -56,17 +82,15 @@ def spent(settings: config.Section, ground: Ground, pairs: int) -> Ledger:
                 reference=fresh,
                 labels=pairs,
             )
-            return learned + sampling(fresh, fresh, scored=False)
+            return learned + sampling(fresh, fresh, None)
         case config.RejectionSection():
             drawn = settings.n * pairs
             return training(settings.steps * settings.batch_size) + sampling(
-                drawn, pairs, scored=settings.rewards.reward_model > 0
+                drawn, pairs, settings.rewards
             )
         case config.BestOfNSection():
             # Paid at every answer, not in training: counted for one answer to each training prompt.
-            return sampling(
-                settings.n * pairs, pairs, scored=settings.rewards.reward_model > 0
-            )
+            return sampling(settings.n * pairs, pairs, settings.rewards)
         case config.RebelSection():
             samples, learned_from = 2, 2
         case config.OnlineDpoSection():
@@ -81,4 +105,4 @@ def spent(settings: config.Section, ground: Ground, pairs: int) -> Ledger:
     return training(
         critic * prompts * learned_from * settings.epochs,
         reference=prompts * learned_from,
-    ) + sampling(prompts * samples, prompts, scored=settings.rewards.reward_model > 0)
+    ) + sampling(prompts * samples, prompts, settings.rewards)

@@ -12,10 +12,12 @@ import datetime
 import functools
 import gc
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
 import pathlib
+import platform
 import queue
 import signal
 import threading
@@ -185,6 +187,28 @@ def _is_text(node: ast.AST) -> bool:
     )
 
 
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of what this process computes with, and the device. They are kept with every result, and not in its key: another version
+    of jax rounds otherwise, and `gvjax run` goes on with it too."""
+    packages = ("gvjax", "jax", "jaxlib", "flax", "optax", "numpy")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        **found,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def versions_behind(stages: Iterable[Stage], store: Store) -> dict[str, str]:
+    """Of all that computed the results of some stages: several where they were made by one after another."""
+    found: dict[str, set[str]] = {}
+    for stage in stages:
+        for name, version in store.result(stage)["versions"].items():
+            found.setdefault(name, set()).add(version)
+    return {name: ", ".join(sorted(several)) for name, several in found.items()}
+
+
 Perform = Callable[[Stage, Store, Report], Mapping[str, Any]]
 """Does a stage and returns its JSON result; must be importable by name."""
 
@@ -343,7 +367,8 @@ def _do(
     result = perform(stage, store, noting)
     if first:
         seconds = before + (time.monotonic() - begun) / beside
-        store.finish(stage, {"seconds": seconds, **result})
+        made_by = {"seconds": seconds, "versions": versions()}
+        store.finish(stage, {**made_by, **result})
         path.unlink(missing_ok=True)
     # The next stage reads what this one has left.
     distributed.wait_for_all(stage.key)

@@ -306,7 +306,8 @@ def matched_kl_difference(
 ) -> MatchedKl:
     """Difference in gold of two arms at the same KL to the SFT policy; never extrapolated.
 
-    Each curve's evaluations are sorted by KL and joined by straight lines; evaluations at the same KL are averaged.
+    Each curve's evaluations are sorted by KL and joined by straight lines; evaluations at the same KL are averaged. A KL
+    below 0 is a sample's estimate of one near 0, and is read as 0.
     Gold usually grows like a concave function of KL, and then a straight line lies below the truth: an arm that was
     evaluated rarely is shown worse than it is.
 
@@ -316,6 +317,7 @@ def matched_kl_difference(
       at: nats, the KL to compare at.
     """
     golds = []
+    at = max(at, 0.0)
     for name, kl, gold in [("a", kl_a, gold_a), ("b", kl_b, gold_b)]:
         curve = _curve(kl, gold)
         if curve is None:
@@ -339,7 +341,7 @@ def _curve(kl: npt.ArrayLike, gold: npt.ArrayLike) -> tuple[Array, Array] | None
     keep = np.isfinite(kl) & np.isfinite(gold)
     if not keep.any():
         return None
-    knots, which = np.unique(kl[keep], return_inverse=True)
+    knots, which = np.unique(np.maximum(kl[keep], 0.0), return_inverse=True)
     return knots, np.bincount(which, gold[keep]) / np.bincount(which)
 
 

@@ -4,12 +4,11 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from gvjax import config
-from gvjax.gap import gathering, judging, quantities, scorers, statistics
+from gvjax.gap import gathering, judging, quantities, scorers, stages, statistics
 from gvjax.gap.advice import (
     Advice,
     Bounds,
@@ -30,9 +29,15 @@ from gvjax.gap.findings import (
 )
 from gvjax.gap.judging import Judged
 from gvjax.gap.measurement import GapPlan, MeasuredScene, sizes_of
-from gvjax.gap.results import SeedResult, StudyResults, TaskResult
+from gvjax.gap.results import (
+    BEST_OFFLINE,
+    ArmResult,
+    SeedResult,
+    StudyResults,
+    TaskResult,
+)
 from gvjax.gap.stages import Store
-from gvjax.gap.statistics import Estimate
+from gvjax.gap.statistics import Estimate, Prompts
 
 LEVEL = 0.05
 
@@ -46,6 +51,7 @@ TURN = "verifier's gain at the largest n, less that at the chosen n"
 SLOPE = "change of the lead with twice the data"
 DIFFERENCE = "online policy's lead over the best offline one"
 MATCHED = "the same at equal KL to the SFT policy"
+FLATTERED = "the same over the offline policy that wins most on these very prompts"
 CUES = "accuracy lost on paraphrases, DPO policy less verifier"
 PEAK = "rarity of the best samples"
 LENGTH = "share of gold explained by length"
@@ -75,7 +81,8 @@ class _Number:
     values: SeedValues
     estimate: Estimate | None
     margin: float | None = None
-    rows: list[Any] | None = None
+    rows: list[np.ndarray] | None = None
+    prompts: Prompts = "nested"
     reason: str = ""
 
 
@@ -101,7 +108,7 @@ def weigh(settings: config.GapConfig, plan: GapPlan, store: Store) -> GapFinding
         name=settings.gap,
         config=config.resolved(settings),
         config_hash=config.config_hash(settings),
-        versions=gathering.versions(),
+        versions=stages.versions_behind(plan.stages, store),
         started=store.started(),
         seeds=settings.seeds,
         tasks=tuple(tasks),
@@ -151,6 +158,7 @@ def _task(
         TaskFinding(
             task=config.gap_tasks(settings)[number].name,
             role="control" if number else "main",
+            prompts=_prompts(scenes),
             description=(inspect.getdoc(inspect.getmodule(type(task))) or "").split(
                 "\n"
             )[0],
@@ -166,6 +174,10 @@ def _task(
         ),
         advice,
     )
+
+
+def _prompts(scenes: Sequence[MeasuredScene]) -> Prompts:
+    return gathering.prompts_of(scenes[0].task)
 
 
 def _per_seed(settings: config.GapConfig, values: Sequence[float | None]) -> SeedValues:
@@ -228,15 +240,10 @@ def _likelihoods(
     def lead(a: str, b: str, count: int) -> list[np.ndarray]:
         return [x - y for x, y in zip(rows(a, count), rows(b, count))]
 
+    prompts = _prompts(scenes)
+
     def add(key, name, unit, differences, margin=None):
-        numbers[name] = _Number(
-            key,
-            unit,
-            _per_seed(settings, [float(d.mean()) for d in differences]),
-            statistics.paired_mean(differences, prompts="nested"),
-            margin,
-            rows=differences,
-        )
+        _add_rows(settings, numbers, key, name, unit, differences, prompts, margin)
 
     nats = settings.margins.nats
     full = lead(verifier, policy, sizes[-1])
@@ -282,6 +289,30 @@ def _likelihoods(
     return tuple(found), tuple(curves), multiplier
 
 
+def _add_rows(
+    settings: config.GapConfig,
+    numbers: dict[str, _Number],
+    key: str,
+    name: str,
+    unit: str,
+    rows: list[np.ndarray],
+    prompts: Prompts,
+    margin: float | None = None,
+    reason: str = "",
+) -> None:
+    """Adds a number that is a mean over prompts or pairs, from every seed's values."""
+    numbers[name] = _Number(
+        key,
+        unit,
+        _per_seed(settings, [float(row.mean()) for row in rows]),
+        statistics.paired_mean(rows, prompts=prompts),
+        margin,
+        rows,
+        prompts,
+        reason,
+    )
+
+
 def _add_seeds(
     settings: config.GapConfig,
     numbers: dict[str, _Number],
@@ -318,6 +349,7 @@ def _samples(
     verifier, policy = settings.scorers.trained[:2]
     sizes, most = section.best_of_n, section.per_prompt
     names = [*scorers.UNTRAINED, *settings.scorers.trained]
+    # [sizes, prompts] for every seed, as the gold rewards beside them.
     wins: dict[str, list[np.ndarray]] = {name: [] for name in names}
     golds: dict[str, list[np.ndarray]] = {name: [] for name in names}
     gaps: dict[str, list[quantities.GoldGap]] = {name: [] for name in names}
@@ -332,8 +364,8 @@ def _samples(
         against = quantities.winrates(gold, test["gold"][:, most:])
         for name in names:
             scores = test[name][:, :most]
-            wins[name].append(quantities.headroom(scores, against, sizes))
-            golds[name].append(quantities.headroom(scores, gold, sizes) + 0.5)
+            wins[name].append(quantities.chosen(scores, against, sizes))
+            golds[name].append(quantities.chosen(scores, gold, sizes))
             gaps[name].append(
                 quantities.gold_gap(
                     scores, gold, test["optimum"], quantile=section.quantile
@@ -346,25 +378,34 @@ def _samples(
     at = quantities.chosen_size(validation, sizes)
     margin = settings.margins.winrate
 
+    prompts = _prompts(scenes)
+
     def add(key, name, unit, values, margin=None, reason=""):
         _add_seeds(settings, numbers, key, name, unit, values, margin, reason)
 
-    def at_n(name: str, place: int = at) -> list[float]:
-        return [float(curve[place]) for curve in wins[name]]
+    def add_rows(name, unit, rows):
+        _add_rows(settings, numbers, "Q4", name, unit, rows, prompts, margin)
+
+    def at_n(name: str, place: int = at) -> list[np.ndarray]:
+        return [each[place] - 0.5 for each in wins[name]]
+
+    def lead(a: list[np.ndarray], b: list[np.ndarray]) -> list[np.ndarray]:
+        return [x - y for x, y in zip(a, b)]
 
     unit = f"winrate − ½, n = {sizes[at]}"
-    add("Q4", HEADROOM, unit, at_n(verifier), margin)
-    add("Q4", "gain by choosing with the DPO policy", unit, at_n(policy), margin)
-    add("Q4", LEAD, unit, np.subtract(at_n(verifier), at_n(policy)).tolist(), margin)
-    null = np.subtract(at_n(verifier), at_n("own log-probability")).tolist()
-    add("Q4", NULL_LEAD, unit, null, margin)
-    add("Q4", ORACLE, unit, at_n("gold"), margin)
-    shares = [quantities.efficiency(a, b) for a, b in zip(at_n(verifier), at_n("gold"))]
+    add_rows(HEADROOM, unit, at_n(verifier))
+    add_rows("gain by choosing with the DPO policy", unit, at_n(policy))
+    add_rows(LEAD, unit, lead(at_n(verifier), at_n(policy)))
+    add_rows(NULL_LEAD, unit, lead(at_n(verifier), at_n("own log-probability")))
+    add_rows(ORACLE, unit, at_n("gold"))
+    shares = [
+        quantities.efficiency(float(a.mean()), float(b.mean()))
+        for a, b in zip(at_n(verifier), at_n("gold"))
+    ]
     reason = "a perfect judge gains next to nothing on some seeds"
     add("Q4", EFFICIENCY, "share", shares, None, reason)
-    turns = np.subtract(at_n(verifier, -1), at_n(verifier)).tolist()
     unit = "winrate; the chosen n is the largest" if at == len(sizes) - 1 else "winrate"
-    add("Q4", TURN, unit, turns, margin)
+    add_rows(TURN, unit, lead(at_n(verifier, -1), at_n(verifier)))
     for name in names:
         relative = [each.relative for each in gaps[name]]
         add(
@@ -381,8 +422,10 @@ def _samples(
         ChoiceCurve(
             name,
             sizes,
-            tuple(tuple(float(v) + 0.5 for v in row) for row in wins[name]),
-            tuple(tuple(float(v) for v in row) for row in golds[name]),
+            *(
+                tuple(tuple(float(v) for v in each.mean(axis=1)) for each in rows)
+                for rows in (wins[name], golds[name])
+            ),
         )
         for name in names
     )
@@ -429,53 +472,38 @@ def _pilot(
     seeds = settings.seeds
     margin = settings.margins.winrate
     online = task.arm(pilot.online)
-    roads = [arm for arm in task.arms if arm.road == "offline"]
 
     def wins(arm: str) -> list[np.ndarray]:
         """Of each seed, over the SFT policy on every judged prompt."""
         return [judged.wins[arm, seed] for seed in seeds]
 
-    # For each seed the offline arm that this judge likes best on these prompts: it flatters the offline road.
-    best = {
-        seed: max(roads, key=lambda arm: float(np.nanmean(judged.wins[arm.name, seed])))
+    # Chosen on validation gold, once: what it is held against decides for the online road and against it.
+    best = task.arm(BEST_OFFLINE)
+    offline = [judged.wins[str(best.seed(s).setting["arm"]), s] for s in seeds]
+    luckiest = [
+        max(
+            (judged.wins[arm.name, seed] for arm in task.offline),
+            key=lambda row: float(np.nanmean(row)),
+        )
         for seed in seeds
-    }
-    offline = [judged.wins[best[seed].name, seed] for seed in seeds]
+    ]
 
-    def add(name, differences, *, key="Q6", unit="winrate", margin=margin):
-        numbers[name] = _Number(
-            key,
-            unit,
-            _per_seed(settings, [float(d.mean()) for d in differences]),
-            statistics.paired_mean(differences, prompts="nested"),
-            margin,
-            rows=differences,
-        )
+    def add(name, a, b, *, unit="winrate"):
+        prompts = task.prompts
+        rows, reason = _answered([x - y for x, y in zip(a, b)], prompts)
+        _add_rows(settings, numbers, "Q6", name, unit, rows, prompts, margin, reason)
 
-    add(DIFFERENCE, _less(wins(pilot.online), offline))
-    values, reasons = [], []
-    for seed in seeds:
-        matched = matched_winrate(
-            online.seed(seed),
-            float(np.nanmean(judged.wins[pilot.online, seed])),
-            best[seed].seed(seed),
-            float(np.nanmean(judged.wins[best[seed].name, seed])),
-        )
-        values.append(matched.difference)
-        if matched.reason:
-            reasons.append(f"seed {seed}: {matched.reason}")
-    kls = [min(online.seed(s).kl, best[s].seed(s).kl) for s in seeds]
-    unit = f"winrate, at KL {min(kls):.2g} to {max(kls):.2g}"
-    _add_seeds(
-        settings, numbers, "Q6", MATCHED, unit, values, margin, "; ".join(reasons)
-    )
+    add(DIFFERENCE, wins(pilot.online), offline)
+    _matched(settings, online, best, judged, offline, numbers)
+    add(FLATTERED, wins(pilot.online), luckiest)
     if judged.finding.kind == "gold":
         duels = [
-            statistics.win_scores(online.seed(s).gold, best[s].seed(s).gold) - 0.5
-            for s in seeds
+            statistics.win_scores(online.seed(s).gold, best.seed(s).gold) for s in seeds
         ]
-        add("head to head, online against the best offline policy", duels, unit="winrate − ½")  # fmt: skip
-    leads = [float(d.mean()) for d in _less(wins(pilot.online), offline)]
+        evens = [np.full_like(row, 0.5) for row in duels]
+        name = "head to head, online against the best offline policy"
+        add(name, duels, evens, unit="winrate − ½")
+    leads = [float(row.mean()) for row in numbers[DIFFERENCE].rows or ()]
     gains = [float(np.nanmean(row)) - 0.5 for row in offline]
     _add_seeds(
         settings,
@@ -491,7 +519,7 @@ def _pilot(
     for arm in task.arms:
         if arm.name != pilot.online and arm.road != "start":
             name = f"{pilot.online}'s lead over {arm.name}"
-            add(name, _less(wins(pilot.online), wins(arm.name)))
+            add(name, wins(pilot.online), wins(arm.name))
     if pilot.square is not None:
         corners = [
             [float(np.nanmean(row)) for row in wins(name)]
@@ -507,10 +535,56 @@ def _pilot(
             _add_seeds(settings, numbers, "Q7", name, "winrate", values, margin)
 
 
-def _less(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Seed by seed a − b, on the prompts on which both were answered."""
-    differences = [x - y for x, y in zip(a, b)]
-    return [d[np.isfinite(d)] for d in differences]
+def _answered(
+    rows: Sequence[np.ndarray], prompts: Prompts
+) -> tuple[list[np.ndarray], str]:
+    """The values that are no NaN, and a word on what is left where that matters.
+
+    Where seeds share their prompts a column is one prompt, so one that lacks an answer in any seed is left out of all.
+    """
+    answered = [np.isfinite(row) for row in rows]
+    if prompts == "nested":
+        return [row[kept] for row, kept in zip(rows, answered)], ""
+    everywhere = np.all(answered, axis=0)
+    reason = ""
+    if not everywhere.all():
+        reason = f"on the {everywhere.sum()} of {everywhere.size} prompts that were judged in every seed"
+    return [row[everywhere] for row in rows], reason
+
+
+def _matched(
+    settings: config.GapConfig,
+    online: ArmResult,
+    best: ArmResult,
+    judged: Judged,
+    offline: Sequence[np.ndarray],
+    numbers: dict[str, _Number],
+) -> None:
+    """Adds the lead at equal KL; without a value unless the judge is gold, whose winrates the training curves have."""
+    seeds = settings.seeds
+    if judged.finding.kind == "gold":
+        found = [
+            matched_winrate(
+                online.seed(seed),
+                float(judged.wins[online.name, seed].mean()),
+                best.seed(seed),
+                float(row.mean()),
+            )
+            for seed, row in zip(seeds, offline)
+        ]
+    else:
+        reason = "training curves have winrates in gold, not by this judge"
+        found = [statistics.MatchedKl(None, reason)] * len(seeds)
+    values = [each.difference for each in found]
+    lacking: dict[str, list[str]] = {}
+    for seed, each in zip(seeds, found):
+        if each.reason:
+            lacking.setdefault(each.reason, []).append(str(seed))
+    kls = [max(min(online.seed(s).kl, best.seed(s).kl), 0.0) for s in seeds]
+    unit = f"winrate, at KL {min(kls):.2g} to {max(kls):.2g}"
+    margin = settings.margins.winrate
+    reason = "; ".join(f"seed {', '.join(who)}: {why}" for why, who in lacking.items())
+    _add_seeds(settings, numbers, "Q6", MATCHED, unit, values, margin, reason)
 
 
 def matched_winrate(
@@ -519,11 +593,13 @@ def matched_winrate(
     offline: SeedResult,
     offline_winrate: float,
 ) -> statistics.MatchedKl:
-    """Difference in winrate over the SFT policy at the KL of whichever policy spent less, along training curves.
+    """Difference in gold winrate over the SFT policy at the KL of whichever policy spent less, along training curves.
+
+    Points of curves are of validation prompts, the reported checkpoints' of test prompts.
 
     Args:
       online, offline: a seed's results; points of their curves without a winrate are left out.
-      online_winrate, offline_winrate: of the reported checkpoints.
+      online_winrate, offline_winrate: of the reported checkpoints, in gold as the curves'.
     """
 
     def curve(result: SeedResult, winrate: float) -> tuple[list[float], list[float]]:
@@ -614,7 +690,7 @@ def _quantities(
         bound = bounds.get(name)
         check = None
         if number.rows is not None:
-            check = statistics.pigeonhole_interval(number.rows, prompts="nested")
+            check = statistics.pigeonhole_interval(number.rows, prompts=number.prompts)
         made[name] = dataclasses.replace(
             base,
             estimate=estimate.mean,

@@ -14,6 +14,9 @@ import numpy as np
 from gvjax.tasks.task import Completions, Prompts, Split, check_split
 from gvjax.types import EosId
 
+TEST_ORDER = 0
+"""Seed of the order of test rows, the same for all seeds of a study."""
+
 Judge = Callable[["RowPrompts", Completions, "Dataset"], np.ndarray]
 """`(prompts, completions, dataset) -> f32[N]`: a gold reward."""
 
@@ -127,9 +130,14 @@ class Dataset:
     ) -> RowPrompts:
         """Prompts of rows of one split in random order, no row twice (though several may have one prompt).
 
+        Of the test split they are the first of one order, whatever `rng` is: all seeds of a study are then tested on the
+        same prompts, and a statistic can tell what those contribute from what the seeds do.
+
         Raises:
           ValueError: the split is unknown or has fewer rows.
         """
+        if split == "test":
+            rng = np.random.default_rng(TEST_ORDER)
         rows = self.splits[split][rng.permutation(self.size(split))]
         if distinct:
             rows = rows[

@@ -2,7 +2,8 @@
 
 A run is what its config says and what stands behind the names in it: data files, code given by import path, the runs
 it starts from. All of it is kept beside the run, and in every checkpoint, and compared field by field before anything
-is computed. Where it is kept, how it is shown and when it counts as stuck is nobody's business.
+is computed; stages of studies have the same in their keys. Where it is kept, how it is shown and when it counts as stuck
+is nobody's business.
 """
 
 import errno
@@ -11,7 +12,7 @@ import importlib.util
 import json
 import os
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from gvjax import checkpoint, config
@@ -23,6 +24,9 @@ ROWS = "data"
 
 EARLIER_RUNS = ("start", "reward_model")
 """Fields that name another run; what counts is the parameters it made."""
+
+Content = Callable[[pathlib.Path], str | None]
+"""The hash of a file or folder."""
 
 
 def identity_of(settings: config.RunConfig) -> dict[str, Any]:
@@ -119,28 +123,6 @@ def keep(settings: config.RunConfig, identity: Mapping[str, Any]) -> None:
         ) from None
 
 
-def _files(settings: config.RunConfig) -> dict[str, str | None]:
-    """field -> SHA-256 of the content behind its value; None where there is none to be found."""
-    found: dict[str, str | None] = {}
-    for field in EARLIER_RUNS:
-        if (directory := getattr(settings, field)) is not None:
-            params = pathlib.Path(directory) / "params"
-            found[field] = checkpoint.content_hash(params)
-    named = config.marked(settings, config.FILE)
-    if "checkpoint" in settings.model:
-        named["model.checkpoint"] = str(settings.model["checkpoint"])
-    for field, name in named.items():
-        found[field] = _content(pathlib.Path(name))
-    for field, name in config.marked(settings, config.IMPORTED).items():
-        module = name.partition(":")[0]
-        # Names without a dot or colon, and this package's own, are covered by its version.
-        if name.isidentifier() or module.split(".")[0] == "gvjax":
-            continue
-        source = _source(module)
-        found[field] = None if source is None else _content(source)
-    return found
-
-
 def _source(module: str) -> pathlib.Path | None:
     try:
         spec = importlib.util.find_spec(module)
@@ -151,17 +133,60 @@ def _source(module: str) -> pathlib.Path | None:
     return pathlib.Path(spec.origin)
 
 
-def _content(path: pathlib.Path) -> str | None:
+def content_of(path: pathlib.Path) -> str | None:
+    """SHA-256 of a file, or of a folder's files and their names; None where there is nothing."""
     if path.is_dir():
         digest = hashlib.sha256()
         for each in sorted(path.rglob("*")):
             if each.is_file():
-                digest.update(f"{each.relative_to(path)} {_content(each)}\n".encode())
+                digest.update(f"{each.relative_to(path)} {content_of(each)}\n".encode())
         return digest.hexdigest()
     if not path.exists():
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(settings: config.RunConfig) -> dict[str, str | None]:
+    """field -> SHA-256 of the content behind its value; None where there is none to be found."""
+    found: dict[str, str | None] = {}
+    for field in EARLIER_RUNS:
+        if (directory := getattr(settings, field)) is not None:
+            params = pathlib.Path(directory) / "params"
+            found[field] = checkpoint.content_hash(params)
+    return {**found, **weights(settings.model), **named(settings)}
+
+
+def named(
+    section: config.Section, content: Content = content_of
+) -> dict[str, str | None]:
+    """dotted field -> SHA-256 of what its value names, of the files and the code in a section; None where there is none.
+
+    Args:
+      section: any part of a config.
+      content: hashes a file or folder; `content_of`, or one that remembers.
+    """
+    found: dict[str, str | None] = {}
+    for field, name in config.marked(section, config.FILE).items():
+        found[field] = content(pathlib.Path(name))
+    for field, name in config.marked(section, config.IMPORTED).items():
+        module = name.partition(":")[0]
+        # Names without a dot or colon, and this package's own, are covered by its version.
+        if name.isidentifier() or module.split(".")[0] == "gvjax":
+            continue
+        source = _source(module)
+        found[field] = None if source is None else content(source)
+    return found
+
+
+def weights(
+    model: Mapping[str, Any], content: Content = content_of
+) -> dict[str, str | None]:
+    """The same of the weights that a config's `model` starts from, if it names any."""
+    if "checkpoint" not in model:
+        return {}
+    found = content(pathlib.Path(str(model["checkpoint"])))
+    return {"model.checkpoint": found}
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -91,7 +91,10 @@ def task(name, role, column, seeds, prompts, curves) -> TaskResult:
                         seconds=steps * 0.05 + calls * 1e-4,
                         reward_model_calls=calls,
                     ),
-                    extra={"reward_model_accuracy": 0.85} if calls else {},
+                    extra={
+                        **({"validation_gold": float(gold.mean())} if steps else {}),
+                        **({"reward_model_accuracy": 0.85} if calls else {}),
+                    },
                 )
             )
         arms.append(ArmResult(arm_name, road, tuple(results), f"{arm_name}, made up."))

@@ -92,6 +92,17 @@ def test_rules_hold_the_harder_end():
     assert str(within) == "within 93%–97%"
 
 
+def test_the_luckiest_of_equal_arms_does_not_make_dpo_enough():
+    # Chosen on the test prompts it would in a fifth of studies.
+    said = [
+        simulation.Contenders().study(np.random.default_rng([3, i])) for i in range(200)
+    ]
+    enough = [study.observed.verdict == calibration.DPO for study in said]
+    assert sum(enough) <= 0.05 * 200
+    mean = np.mean([study.estimates["difference"].mean for study in said])
+    assert mean == pytest.approx(0.03, abs=0.002)
+
+
 def test_every_experiment_is_checked():
     names = {experiment.name for experiment in calibration.EXPERIMENTS}
     assert {check.experiment for check in calibration.CHECKS} == names
@@ -116,7 +127,7 @@ def test_the_committed_table_is_that_of_the_committed_numbers():
 
 
 def test_the_request_must_make_sense(capsys):
-    assert main(["gap", "--calibrate", "--studies", "2"]) == 2
+    assert main(["gap", "--calibrate", "--studies", "2"]) == 64
     assert "at least 10 studies" in capsys.readouterr().err
 
 

@@ -130,6 +130,34 @@ def test_the_headline_says_what_is_left_at_matched_kl():
     )
 
 
+def test_an_offline_arm_that_was_chosen_on_the_test_prompts_is_said_to_be():
+    results = study(AHEAD, OFFLINE, online_curve=STEEP)
+    start, dpo, rloo = results.tasks[0].arms
+    nll = arm("DPO + NLL", "offline", OFFLINE[::-1])
+
+    def told(*offline):
+        task = dataclasses.replace(results.tasks[0], arms=(start, *offline, rloo))
+        verdict = contrasts.verdict(
+            contrasts.analyse(dataclasses.replace(results, tasks=(task,)))
+        )
+        return " ".join(verdict.sentences), " ".join(verdict.would_change)
+
+    def validated(arm):
+        return dataclasses.replace(
+            arm,
+            seeds=tuple(
+                dataclasses.replace(s, extra={"validation_gold": 0.4})
+                for s in arm.seeds
+            ),
+        )
+
+    for each in (told(dpo), told(validated(dpo), validated(nll))):
+        assert "chosen" not in each[0] and "choice" not in each[1]
+    sentences, changes = told(dpo, nll)
+    assert "chosen for each seed on the test prompts themselves" in sentences
+    assert "could only widen the lead" in changes
+
+
 def test_equivalence_is_said_only_within_the_margin():
     same = [0.401, 0.409, 0.421, 0.399, 0.411]
     verdict = contrasts.verdict(study(same, OFFLINE))

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import http.server
 import json
 import math
@@ -354,12 +355,26 @@ def test_what_cannot_be_measured_is_refused(tmp_path, change, message):
         config.load(path)
 
 
-def test_an_edit_redoes_what_it_touches_alone(where):
-    def keys(**changes):
-        (where / "plan.yaml").write_text(yaml.safe_dump({**TOY, **changes}))
-        plan = measurement.plan_of(config.load(where / "plan.yaml"), "code")
-        return {stage.key: stage.kind for stage in plan.stages}
+def kinds_by_key(where, **changes) -> dict[str, str]:
+    (where / "plan.yaml").write_text(yaml.safe_dump({**TOY, **changes}))
+    plan = measurement.plan_of(config.load(where / "plan.yaml"), "code")
+    return {stage.key: stage.kind for stage in plan.stages}
 
+
+def test_other_code_behind_the_task_redoes_everything(where, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "from gvjax.tasks.tour import Tour as Mine\n"
+    (tmp_path / "a_task.py").write_text(code)
+    task = {**TOY["task"], "name": "a_task:Mine"}
+    before = kinds_by_key(where, task=task)
+    (tmp_path / "a_task.py").write_text(code + "# Another.\n")
+    after = kinds_by_key(where, task=task)
+    assert len(before) == len(after) == STAGES
+    assert not set(before) & set(after)
+
+
+def test_an_edit_redoes_what_it_touches_alone(where):
+    keys = functools.partial(kinds_by_key, where)
     before = keys()
     assert len(before) == STAGES
     assert keys(margins={"winrate": 0.05}) == before
@@ -370,5 +385,9 @@ def test_an_edit_redoes_what_it_touches_alone(where):
     more = keys(scorers={**TOY["scorers"], "fractions": [0.25, 0.5, 1.0]})
     assert set(before) < set(more)
     assert {more[key] for key in set(more) - set(before)} == {"scorer"}
+    sizes = keys(samples={**TOY["samples"], "best_of_n": [2, 4]})
+    # What a network of another size gains is kept for each n.
+    assert {sizes[key] for key in set(sizes) - set(before)} == {"resized"}
+    assert len(set(sizes) - set(before)) == 2
     both = keys(controls=[{"task": {"name": "hidden_goals", "options": TOY["task"]["options"]}, "pilot": False}])  # fmt: skip
     assert set(before) < set(both)

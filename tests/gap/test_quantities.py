@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import special
 
 from gvjax.gap import quantities
 
@@ -57,6 +58,33 @@ def test_different_asymptotes_identify_no_multiplier():
     assert not found.identified and found.value is None
     assert "different asymptotes" in found.reason
     assert found.asymptotes == pytest.approx((0.6, 0.5), abs=0.01)
+
+
+def test_two_seeds_rarely_see_different_asymptotes_where_there_is_one():
+    rng, n = np.random.default_rng(0), np.array(SIZES, float)
+    seen = covered = 0
+    for _ in range(100):
+        policy, verifier = (
+            0.5 + height * n**-0.7 + rng.normal(0, 0.01, (2, n.size))
+            for height in (2 * 4**0.7, 2.0)
+        )
+        found = quantities.data_multiplier(SIZES, policy[..., None], verifier[..., None])  # fmt: skip
+        seen += not found.gap[0] <= 0 <= found.gap[1]
+        covered += found.identified and found.low <= 4 <= found.high
+    assert seen <= 10
+    assert covered >= 80
+
+
+def test_the_multiplier_has_students_interval_over_seeds():
+    policy, verifier = curves((0.5, 0.5), (13.0, 1.5), 1.0, SIZES, seeds=3)
+    # At one exponent log M is linear in the logs of the heights: seeds of 8, 13 and 18 times.
+    policy = 0.5 + np.array([8.0, 13.0, 18.0])[:, None, None] * (policy - 0.5) / 13
+    found = quantities.data_multiplier(SIZES, policy, verifier)
+    logs = np.log(np.array([15.5, 13.0, 10.5]) / 1.5)
+    error = (2 * logs.var()) ** 0.5
+    half = special.stdtrit(2, 0.975) * error
+    assert math.log(found.value) == pytest.approx(math.log(13 / 1.5), rel=0.01)
+    assert math.log(found.high / found.low) == pytest.approx(2 * half, rel=0.05)
 
 
 def test_curves_that_do_not_fall_and_single_seeds_identify_none():
@@ -161,6 +189,10 @@ def test_peak_distance_and_length_share():
     # The two best share the place: −2.5, against −2 of all.
     assert quantities.peak_distance(logps, gold) == -2.5 + 2.0
     assert quantities.length_share([[1, 2, 3]], [[2.0, 4.0, 6.0]]) == pytest.approx(1)
+    # Nothing to explain: the mean of equal values rounds.
+    assert (
+        quantities.length_share(np.arange(21).reshape(3, 7), np.full((3, 7), 0.1)) == 0
+    )
     assert quantities.length_share([[5, 5, 5]], [[2.0, 4.0, 6.0]]) == 0
     # Between prompts it explains nothing: longer prompts may be the easier ones.
     lengths, gold = [[1, 2], [11, 12]], [[0.0, 0.0], [9.0, 9.0]]

@@ -97,6 +97,31 @@ def test_text_from_the_study_is_escaped(page):
     assert "&lt;b&gt;4&lt;/b&gt;" in page
 
 
+def test_a_scorers_share_of_pairs_in_order_says_whose_order():
+    task = made_up.study().tasks[0]
+
+    def shown(gold):
+        scorers = [
+            dataclasses.replace(
+                scorer,
+                seeds=tuple(
+                    dataclasses.replace(seed, accuracy=0.66, gold_accuracy=gold)
+                    for seed in scorer.seeds
+                ),
+            )
+            for scorer in task.scorers
+        ]
+        return report._scorers(dataclasses.replace(task, scorers=tuple(scorers)))
+
+    both = shown(0.81)
+    assert "66% right<" in both.svg and "order of their labels" in both.caption
+    assert both.rows[1][3:5] == (0.66, 0.81)
+    # As results were that held the second under the first one's name.
+    one = shown(None)
+    assert "66% right by gold<" in one.svg and "gold rewards" in one.caption
+    assert one.rows[1][3:5] == (None, 0.66)
+
+
 def test_every_figures_data_can_be_downloaded(page):
     links = re.findall(
         r'href="data:text/csv;charset=utf-8,([^"]*)" download="([^"]*)"', page
@@ -180,6 +205,30 @@ def test_every_kind_of_study_gives_a_page_and_a_table(name):
         assert "SFT = 0" in text
     if name == "diverged":
         assert "gold is not finite in seed 5" in text
+
+
+def test_the_best_online_arm_is_named_by_validation_gold():
+    task = made_up.study().tasks[0]
+
+    def named(**golds):
+        arms = tuple(
+            dataclasses.replace(
+                arm,
+                seeds=tuple(
+                    dataclasses.replace(s, extra={"validation_gold": golds[arm.name]})
+                    if arm.name in golds
+                    else dataclasses.replace(s, extra={})
+                    for s in arm.seeds
+                ),
+            )
+            for arm in task.arms
+        )
+        tiles = report._tiles(dataclasses.replace(task, arms=arms))
+        return [label for label, *_ in tiles if label.startswith("best online")]
+
+    assert named(**{"Online DPO": 0.9, "RLOO": 0.1}) == ["best online: Online DPO"]
+    # By the test prompts where nothing else is known.
+    assert named() == ["best online: RLOO"]
 
 
 def test_terminal_table_shows_arms_and_contrasts():

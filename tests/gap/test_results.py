@@ -133,11 +133,41 @@ def test_ledgers_add_field_by_field():
     assert total == Ledger(labels=15, flops=1.5, seconds=2.0)
 
 
-def test_best_offline_is_chosen_anew_for_each_seed():
-    best = small_study().tasks[0].arm(BEST_OFFLINE)
+def with_validation_gold(arm: ArmResult, *golds) -> ArmResult:
+    seeds = (
+        dataclasses.replace(seed, extra={"validation_gold": gold})
+        for seed, gold in zip(arm.seeds, golds)
+    )
+    return dataclasses.replace(arm, seeds=tuple(seeds))
+
+
+def test_best_offline_is_chosen_anew_for_each_seed_on_validation_gold():
+    task = small_study().tasks[0]
+    start, dpo, nll, rloo = task.arms
+    # On the test prompts it would be the other one in both seeds.
+    known = with_validation_gold(dpo, 0.1, 0.9), with_validation_gold(nll, 0.2, 0.8)
+    task = dataclasses.replace(task, arms=(start, *known, rloo))
+    assert task.offline == known and not gap_results.chosen_on_test(task.offline)
+    best = task.arm(BEST_OFFLINE)
     assert best.road == "offline"
-    assert [seed.setting["arm"] for seed in best.seeds] == ["DPO", "DPO + NLL"]
-    assert [seed.mean_gold for seed in best.seeds] == [0.75, 0.375]
+    assert [seed.setting["arm"] for seed in best.seeds] == ["DPO + NLL", "DPO"]
+    assert [seed.mean_gold for seed in best.seeds] == [0.25, 0.125]
+    assert best.description.endswith("seed by seed by gold on validation prompts")
+
+
+def test_without_validation_gold_best_offline_is_chosen_on_the_test_prompts():
+    task = small_study().tasks[0]
+    start, dpo, nll, rloo = task.arms
+    for arm in (dpo, with_validation_gold(dpo, 0.1, 0.1)):
+        task = dataclasses.replace(task, arms=(start, arm, nll, rloo))
+        assert gap_results.chosen_on_test(task.offline)
+        best = task.arm(BEST_OFFLINE)
+        assert [seed.setting["arm"] for seed in best.seeds] == ["DPO", "DPO + NLL"]
+        assert [seed.mean_gold for seed in best.seeds] == [0.75, 0.375]
+        assert "the test prompts themselves, which flatters it" in best.description
+    # Of one arm nothing is chosen.
+    assert not gap_results.chosen_on_test([dpo])
+    assert gap_results.best_arm([dpo], "one").seeds[0].gold == dpo.seeds[0].gold
 
 
 def test_unknown_names_get_a_near_miss():

@@ -1,5 +1,7 @@
 """Scorers: one interface, same budget; what must be frozen is, and what must be worth nothing is."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -126,6 +128,10 @@ def test_the_untrained_scorers_are_gold_and_the_policys_own_log_probability(inpu
     np.testing.assert_allclose(
         gold.margins(pairs), pairs.chosen_gold - pairs.rejected_gold, atol=1e-6
     )
+    # Where rewards go by rows, as a dataset's do, pairs have forgotten theirs.
+    rows = types.SimpleNamespace(reward=None)
+    by_rows = scorers.untrained_scorer("gold", rows, inputs.ground, inputs.policy)
+    np.testing.assert_array_equal(by_rows.margins(pairs), gold.margins(pairs))
     own = scorers.untrained_scorer(
         "own log-probability", inputs.task, inputs.ground, inputs.policy
     )

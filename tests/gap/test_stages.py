@@ -250,6 +250,19 @@ def test_what_most_hangs_on_comes_first():
     assert [each.inputs["value"] for each in ordered] == [1, 3, 2, 4]
 
 
+def test_results_say_what_computed_them(store, marks, monkeypatch):
+    few = [stage(value=1), stage(value=2)]
+    for each, version in zip(few, ("0.10", "0.11")):
+        made_by = {"jax": version, "device": "cpu"}
+        monkeypatch.setattr(stages, "versions", lambda made_by=made_by: made_by)
+        perform = functools.partial(work, marks)
+        run_stages([each], store, perform, workers=1, watch=Watch())
+    monkeypatch.undo()
+    assert set(stages.versions()) >= {"gvjax", "jax", "device"}
+    found = stages.versions_behind(few, store)
+    assert found == {"jax": "0.10, 0.11", "device": "cpu"}
+
+
 def mark_time(path: pathlib.Path) -> int:
     return int(path.name.split("-")[1])
 

@@ -200,6 +200,13 @@ def test_matched_kl_interpolates_inside_and_never_outside():
     assert outside.reason == "b was evaluated from 0.00 to 1.00 nats, not at 1.50"
 
 
+def test_a_kl_below_0_is_read_as_0():
+    # An estimate from samples; the arm is next to the start, and is compared there, not left out.
+    near, far = ([0.0, -0.01], [0.3, 0.5]), ([0.0, 1.0], [0.3, 0.6])
+    matched = statistics.matched_kl_difference(*far, *near, at=-0.01)
+    assert matched.difference == pytest.approx(0.3 - (0.3 + 0.5) / 2)
+
+
 def test_matched_kl_averages_repeats_and_drops_what_is_not_finite():
     kl = [1.0, 1.0, math.nan, 2.0]
     matched = statistics.matched_kl_difference(

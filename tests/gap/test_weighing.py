@@ -4,12 +4,13 @@ import dataclasses
 import json
 import math
 import re
+import types
 
 import pytest
 from made_up import study
 
 from gvjax import config
-from gvjax.gap import gap_report, quantities, statistics, weighing
+from gvjax.gap import gap_report, judging, quantities, statistics, weighing
 from gvjax.gap.advice import Tier1, Tier2, advise
 from gvjax.gap.findings import (
     ChoiceCurve,
@@ -47,6 +48,81 @@ def test_winrates_at_equal_kl_are_read_off_the_curves():
     other = policy(1.0, [])
     found = weighing.matched_winrate(bare, 0.7, other, 0.5)
     assert found.difference == pytest.approx(0.6 - 0.5)
+
+
+def pilot_numbers(kind="gold", prompts="nested", silent=()):
+    """What a made-up pilot weighs, with `silent` (arm, seed, prompt) unanswered by the judge."""
+    task = dataclasses.replace(study().tasks[0], prompts=prompts)
+    dpo = task.arm("DPO")
+    seeds = (
+        dataclasses.replace(seed, extra={"validation_gold": 1.0}) for seed in dpo.seeds
+    )
+    # Not the best on the test prompts, and the best on validation ones.
+    dpo = dataclasses.replace(dpo, seeds=tuple(seeds))
+    arms = tuple(dpo if each.name == "DPO" else each for each in task.arms)
+    task = dataclasses.replace(task, arms=arms)
+    wins = {
+        (arm.name, seed.seed): statistics.win_scores(
+            seed.gold, task.start.seed(seed.seed).gold
+        )
+        for arm in arms
+        for seed in arm.seeds
+    }
+    for arm, seed, prompt in silent:
+        wins[arm, seed][prompt] = math.nan
+    settings = types.SimpleNamespace(
+        pilot=types.SimpleNamespace(online="RLOO", square=None),
+        seeds=tuple(int(seed) for seed in SEEDS),
+        margins=config.MarginsSection(),
+    )
+    numbers = {}
+    judged = judging.Judged(wins, JudgeFinding(kind, 0, {}))
+    weighing._pilot(settings, task, judged, numbers)
+    return numbers, wins
+
+
+def test_the_pilot_holds_the_online_arm_against_the_one_that_validation_prompts_choose():
+    numbers, wins = pilot_numbers()
+    lead = numbers[weighing.DIFFERENCE]
+    for seed, value in lead.values.items():
+        pair = wins["RLOO", int(seed)] - wins["DPO", int(seed)]
+        assert value == pytest.approx(pair.mean())
+    assert lead.estimate == numbers["RLOO's lead over DPO"].estimate
+    # Beside it, over whichever is lucky: never more.
+    flattered = numbers[weighing.FLATTERED]
+    assert all(flattered.values[seed] <= lead.values[seed] for seed in SEEDS)
+    assert flattered.estimate.mean < lead.estimate.mean
+    assert weighing.FLATTERED not in weighing._DECISIVE
+    assert numbers[weighing.MATCHED].estimate is not None
+
+
+def test_another_judge_than_gold_has_no_lead_at_equal_kl():
+    numbers, _ = pilot_numbers("llm")
+    matched = numbers[weighing.MATCHED]
+    assert matched.estimate is None and set(matched.values.values()) == {None}
+    assert matched.reason == (
+        "seed 5, 6, 7, 8, 9: training curves have winrates in gold, not by this judge"
+    )
+    _, made = weighing._quantities(numbers)
+    assert made[weighing.MATCHED].reason == matched.reason
+
+
+def test_seeds_that_share_their_prompts_are_crossed_on_those_judged_in_all():
+    numbers, wins = pilot_numbers("llm", "crossed", [("RLOO", 5, 0), ("DPO", 7, 3)])
+    lead = numbers[weighing.DIFFERENCE]
+    assert lead.estimate.method == "seeds × prompts"
+    assert lead.reason == "on the 118 of 120 prompts that were judged in every seed"
+    kept = [1, 2, *range(4, 120)]
+    expected = [(wins["RLOO", s] - wins["DPO", s])[kept] for s in range(5, 10)]
+    assert lead.estimate == statistics.paired_mean(expected, prompts="crossed")
+    _, made = weighing._quantities(numbers)
+    assert made[weighing.DIFFERENCE].check == statistics.pigeonhole_interval(
+        expected, prompts="crossed"
+    )
+    # Prompts of their own: each seed keeps all that it has.
+    lead = pilot_numbers("llm", "nested", [("RLOO", 5, 0)])[0][weighing.DIFFERENCE]
+    assert [row.size for row in lead.rows] == [119, 120, 120, 120, 120]
+    assert lead.estimate.method == "t over seeds" and lead.reason == ""
 
 
 def test_onsets_are_kls_where_gold_falls_for_good():
@@ -202,6 +278,29 @@ def test_the_page_says_the_verdict_first_and_keeps_its_data(findings):
     assert page.count('download="') == figures >= 8
     assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", page)
     assert "<script" not in page
+
+
+def test_the_page_says_what_seeds_share_and_where_the_offline_arm_was_chosen(findings):
+    own = "Each seed draws its own task instance"
+    page = gap_report.page(findings)
+    assert own in page and "crossed random factors" not in page
+    assert "chosen by gold on validation prompts." in " ".join(page.split())
+    shared = dataclasses.replace(findings.tasks[0], prompts="crossed")
+    page = gap_report.page(dataclasses.replace(findings, tasks=(shared,)))
+    assert own not in page and "crossed random factors" in page
+    (pilot,) = shared.pilot.tasks
+    bare = tuple(
+        dataclasses.replace(
+            arm, seeds=tuple(dataclasses.replace(s, extra={}) for s in arm.seeds)
+        )
+        for arm in pilot.arms
+    )
+    pilot = dataclasses.replace(
+        shared.pilot, tasks=(dataclasses.replace(pilot, arms=bare),)
+    )
+    shared = dataclasses.replace(shared, pilot=pilot)
+    page = gap_report.page(dataclasses.replace(findings, tasks=(shared,)))
+    assert "test prompts themselves, which flatters it" in " ".join(page.split())
 
 
 def test_every_scorer_has_a_mark_of_its_own():

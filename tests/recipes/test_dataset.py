@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from model_folder import write_model_folder
 
-from gvjax import config, sharding
+from gvjax import config, sharding, tasks
 from gvjax.__main__ import main
 from gvjax.data import schema
+from gvjax.gap import gathering
 from gvjax.models import hf, transformer
 from gvjax.models.config import ModelConfig
 from gvjax.recipes import export, single
@@ -197,6 +198,23 @@ def test_no_row_comes_twice_and_no_split_shares_a_prompt(task):
     assert not (keys["train"] | keys["validation"]) & keys["test"]
     with pytest.raises(ValueError, match="the test split of dataset ultrafeedback has"):
         task.prompts(np.random.default_rng(0), 1000, "test")
+
+
+def test_seeds_share_their_test_rows_and_nothing_else(task):
+    first, second = (
+        {
+            split: task.prompts(np.random.default_rng(seed), 8, split).rows.tolist()
+            for split in ("train", "validation", "test")
+        }
+        for seed in (0, 1)
+    )
+    assert first["test"] == second["test"]
+    assert first["train"] != second["train"]
+    assert first["validation"] != second["validation"]
+    fewer = task.prompts(np.random.default_rng(2), 3, "test")
+    assert fewer.rows.tolist() == first["test"][:3]
+    assert gathering.prompts_of(task) == "crossed"
+    assert gathering.prompts_of(tasks.load("tour", seed=0)) == "nested"
 
 
 def test_a_prompt_of_the_training_split_is_left_out_of_the_held_out_ones(write, caplog):

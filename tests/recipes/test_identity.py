@@ -93,11 +93,11 @@ def test_files_and_folders_are_known_by_their_content(tmp_path):
     (folder / "deep").mkdir(parents=True)
     (folder / "a").write_text("1")
     (folder / "deep" / "b").write_text("2")
-    seen = {identity._content(folder), identity._content(folder / "a")}
+    seen = {identity.content_of(folder), identity.content_of(folder / "a")}
     (folder / "a").write_text("2")
-    seen |= {identity._content(folder), identity._content(folder / "a")}
+    seen |= {identity.content_of(folder), identity.content_of(folder / "a")}
     (folder / "a").rename(folder / "c")
-    seen |= {identity._content(folder), identity._content(folder / "a")}
+    seen |= {identity.content_of(folder), identity.content_of(folder / "a")}
     assert len(seen) == 6 and None in seen
 
 
