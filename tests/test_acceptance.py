@@ -11,6 +11,16 @@ from gvjax import config
 from gvjax.gap import contrasts, quantities, statistics, weighing
 from gvjax.gap.findings import GapFindings
 from gvjax.gap.judging import Judged
+from gvjax.gap.numbers import (
+    ADVANTAGE,
+    DIFFERENCE,
+    EFFICIENCY,
+    HEADROOM,
+    MATCHED,
+    Number,
+    Numbers,
+)
+from gvjax.gap.pilot import add_pilot
 from gvjax.gap.results import StudyResults, chosen_on_test
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -133,11 +143,11 @@ TWINS = {
     ],
 }
 DECISIVE = {
-    weighing.ADVANTAGE: 3,
-    weighing.HEADROOM: 3,
-    weighing.EFFICIENCY: 2,
-    weighing.DIFFERENCE: 3,
-    weighing.MATCHED: 3,
+    ADVANTAGE: 3,
+    HEADROOM: 3,
+    EFFICIENCY: 2,
+    DIFFERENCE: 3,
+    MATCHED: 3,
 }
 """Numbers of the table, with their decimals, in its order."""
 
@@ -189,8 +199,9 @@ def read_again(findings: GapFindings):
         for arm in pilot.arms
         for each in arm.seeds
     }
-    numbers = {
-        q.name: weighing._Number(
+    numbers = Numbers(findings.seeds)
+    numbers.by_name |= {
+        q.name: Number(
             q.key,
             q.unit,
             q.seeds,
@@ -200,8 +211,8 @@ def read_again(findings: GapFindings):
         for q in task.quantities
         if q.key not in ("Q6", "Q7")
     }
-    weighing._pilot(settings, pilot, Judged(wins, task.judge), numbers)
-    bounds, made = weighing._quantities(numbers)
+    add_pilot(settings, pilot, Judged(wins, task.judge), numbers)
+    bounds, made = numbers.quantities()
     judged = Judged({}, task.judge)
     advice = weighing._advice(settings, bounds, made, task.multiplier, judged)
     return advice.verdict, made
@@ -212,7 +223,7 @@ def test_the_table_of_measurements_read_again_says_what_their_rows_do(path):
     name = path.name.removesuffix(".json.gz")
     findings = measured(name)
     verdict, made = read_again(findings)
-    cells = [cell(made[q], 3) for q in (weighing.DIFFERENCE, weighing.MATCHED)]
+    cells = [cell(made[q], 3) for q in (DIFFERENCE, MATCHED)]
     row = f"| `{name}` | {verdict} | {' | '.join(cells)} |"
     assert row in (RESULTS / "README.md").read_text(encoding="utf-8")
     # What decides nothing in the pilot comes out as the run had it.
@@ -244,7 +255,7 @@ def test_the_config_as_it_stands_is_what_was_measured(name):
 def test_what_was_found_on_real_rows_stands_there(name):
     findings = measured(f"rows_{name}")
     (task,) = findings.tasks
-    lead = cell(task.quantity(weighing.ADVANTAGE), 3)
+    lead = cell(task.quantity(ADVANTAGE), 3)
     assert lead in (RESULTS / "README.md").read_text(encoding="utf-8")
     assert findings.advice.verdict == "inconclusive"
     now = config.resolved(config.load(CONFIGS / "gap" / f"{name}.yaml"))

@@ -145,11 +145,15 @@ class Store:
 _SHOWING = (
     "advice",
     "calibration",
+    "choices",
     "contrasts",
     "figures",
     "findings",
     "gap_figures",
     "gap_report",
+    "likelihoods",
+    "numbers",
+    "pilot",
     "report",
     "weighing",
 )
@@ -162,6 +166,7 @@ def code_fingerprint() -> str:
     root = pathlib.Path(gvjax.__file__).parent
     shown = (
         "__main__.py",
+        "usage.py",
         *(f"gap/{name}.py" for name in _SHOWING),
     )
     digest = hashlib.sha256()

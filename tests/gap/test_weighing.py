@@ -10,7 +10,7 @@ import pytest
 from made_up import study
 
 from gvjax import config
-from gvjax.gap import gap_report, judging, quantities, statistics, weighing
+from gvjax.gap import gap_report, judging, pilot, quantities, statistics
 from gvjax.gap.advice import Tier1, Tier2, advise
 from gvjax.gap.findings import (
     ChoiceCurve,
@@ -19,6 +19,17 @@ from gvjax.gap.findings import (
     Multiplier,
     ScorerFinding,
     TaskFinding,
+)
+from gvjax.gap.numbers import (
+    _DECISIVE,
+    ADVANTAGE,
+    DIFFERENCE,
+    FLATTERED,
+    HEADROOM,
+    LEAD,
+    MATCHED,
+    Number,
+    Numbers,
 )
 from gvjax.gap.results import CurvePoint, SeedResult
 
@@ -36,17 +47,17 @@ def policy(kl, points) -> SeedResult:
 def test_winrates_at_equal_kl_are_read_off_the_curves():
     online = policy(4.0, [(2.0, 0.5, 0.7, 0.0), (4.0, 0.6, 0.8, 1.0)])
     offline = policy(1.0, [(0.5, 0.4, 0.52, 0.0)])
-    found = weighing.matched_winrate(online, 0.8, offline, 0.55)
+    found = pilot.matched_winrate(online, 0.8, offline, 0.55)
     # At KL 1 the online policy is half way from ½ at KL 0 to .7 at KL 2.
     assert found.difference == pytest.approx((0.5 + 0.7) / 2 - 0.55)
     # The other way round: never extrapolated.
     short = policy(0.2, [])
     far = dataclasses.replace(short, kl=0.4)
-    assert weighing.matched_winrate(far, 0.6, short, 0.5).difference == pytest.approx(0.05)  # fmt: skip
+    assert pilot.matched_winrate(far, 0.6, short, 0.5).difference == pytest.approx(0.05)  # fmt: skip
     # A curve without winrates is left out, not taken for gold.
     bare = policy(2.0, [(1.0, 0.9, None, None)])
     other = policy(1.0, [])
-    found = weighing.matched_winrate(bare, 0.7, other, 0.5)
+    found = pilot.matched_winrate(bare, 0.7, other, 0.5)
     assert found.difference == pytest.approx(0.6 - 0.5)
 
 
@@ -75,52 +86,52 @@ def pilot_numbers(kind="gold", prompts="nested", silent=()):
         seeds=tuple(int(seed) for seed in SEEDS),
         margins=config.MarginsSection(),
     )
-    numbers = {}
+    numbers = Numbers(settings.seeds)
     judged = judging.Judged(wins, JudgeFinding(kind, 0, {}))
-    weighing._pilot(settings, task, judged, numbers)
+    pilot.add_pilot(settings, task, judged, numbers)
     return numbers, wins
 
 
 def test_the_pilot_holds_the_online_arm_against_the_one_that_validation_prompts_choose():
     numbers, wins = pilot_numbers()
-    lead = numbers[weighing.DIFFERENCE]
+    lead = numbers[DIFFERENCE]
     for seed, value in lead.values.items():
         pair = wins["RLOO", int(seed)] - wins["DPO", int(seed)]
         assert value == pytest.approx(pair.mean())
     assert lead.estimate == numbers["RLOO's lead over DPO"].estimate
     # Beside it, over whichever is lucky: never more.
-    flattered = numbers[weighing.FLATTERED]
+    flattered = numbers[FLATTERED]
     assert all(flattered.values[seed] <= lead.values[seed] for seed in SEEDS)
     assert flattered.estimate.mean < lead.estimate.mean
-    assert weighing.FLATTERED not in weighing._DECISIVE
-    assert numbers[weighing.MATCHED].estimate is not None
+    assert FLATTERED not in _DECISIVE
+    assert numbers[MATCHED].estimate is not None
 
 
 def test_another_judge_than_gold_has_no_lead_at_equal_kl():
     numbers, _ = pilot_numbers("llm")
-    matched = numbers[weighing.MATCHED]
+    matched = numbers[MATCHED]
     assert matched.estimate is None and set(matched.values.values()) == {None}
     assert matched.reason == (
         "seed 5, 6, 7, 8, 9: training curves have winrates in gold, not by this judge"
     )
-    _, made = weighing._quantities(numbers)
-    assert made[weighing.MATCHED].reason == matched.reason
+    _, made = numbers.quantities()
+    assert made[MATCHED].reason == matched.reason
 
 
 def test_seeds_that_share_their_prompts_are_crossed_on_those_judged_in_all():
     numbers, wins = pilot_numbers("llm", "crossed", [("RLOO", 5, 0), ("DPO", 7, 3)])
-    lead = numbers[weighing.DIFFERENCE]
+    lead = numbers[DIFFERENCE]
     assert lead.estimate.method == "seeds × prompts"
     assert lead.reason == "on the 118 of 120 prompts that were judged in every seed"
     kept = [1, 2, *range(4, 120)]
     expected = [(wins["RLOO", s] - wins["DPO", s])[kept] for s in range(5, 10)]
     assert lead.estimate == statistics.paired_mean(expected, prompts="crossed")
-    _, made = weighing._quantities(numbers)
-    assert made[weighing.DIFFERENCE].check == statistics.pigeonhole_interval(
+    _, made = numbers.quantities()
+    assert made[DIFFERENCE].check == statistics.pigeonhole_interval(
         expected, prompts="crossed"
     )
     # Prompts of their own: each seed keeps all that it has.
-    lead = pilot_numbers("llm", "nested", [("RLOO", 5, 0)])[0][weighing.DIFFERENCE]
+    lead = pilot_numbers("llm", "nested", [("RLOO", 5, 0)])[0][DIFFERENCE]
     assert [row.size for row in lead.rows] == [119, 120, 120, 120, 120]
     assert lead.estimate.method == "t over seeds" and lead.reason == ""
 
@@ -132,12 +143,12 @@ def test_onsets_are_kls_where_gold_falls_for_good():
     arm = task.arm("RLOO")
     seeds = (policy(3.0, falls), dataclasses.replace(policy(2.0, rises), seed=6))
     arms = (task.start, dataclasses.replace(arm, seeds=seeds))
-    found = weighing._onsets(dataclasses.replace(task, arms=arms), prompts=10_000)
+    found = pilot.onsets(dataclasses.replace(task, arms=arms), prompts=10_000)
     assert found == {"RLOO": {"5": 2.0, "6": None}}
 
 
 def number(values, key="Q1", margin=0.03, unit="winrate"):
-    return weighing._Number(
+    return Number(
         key,
         unit,
         dict(zip(SEEDS, values)),
@@ -146,35 +157,43 @@ def number(values, key="Q1", margin=0.03, unit="winrate"):
     )
 
 
+def of(found: dict[str, Number]) -> Numbers:
+    numbers = Numbers([int(seed) for seed in SEEDS])
+    numbers.by_name |= found
+    return numbers
+
+
 LEADS = [0.10, 0.12, 0.08, 0.11, 0.09]
 
 
 def test_bounds_hold_together_and_holm_covers_the_decision_tests():
-    numbers = {
-        weighing.ADVANTAGE: number(LEADS),
-        weighing.LEAD: number([0.01, -0.02, 0.03, 0.0, -0.01]),
-        "something else": number(LEADS),
-    }
-    bounds, made = weighing._quantities(numbers)
+    numbers = of(
+        {
+            ADVANTAGE: number(LEADS),
+            LEAD: number([0.01, -0.02, 0.03, 0.0, -0.01]),
+            "something else": number(LEADS),
+        }
+    )
+    bounds, made = numbers.quantities()
     lead = statistics.seed_mean(LEADS)
     low, high = lead.interval(1 - 0.05 / 2)
-    assert (bounds[weighing.ADVANTAGE].low, bounds[weighing.ADVANTAGE].high) == (low, high)  # fmt: skip
-    shown = made[weighing.ADVANTAGE]
+    assert (bounds[ADVANTAGE].low, bounds[ADVANTAGE].high) == (low, high)  # fmt: skip
+    shown = made[ADVANTAGE]
     assert (shown.low, shown.high) == lead.interval()
     assert shown.low > shown.bound_low and shown.detectable > 0
     assert shown.p_holm == pytest.approx(2 * lead.p_value())
     other = made["something else"]
     assert other.p_holm is None and other.bound_low is None
     assert other.equivalent is False
-    assert made[weighing.LEAD].p_holm == made[weighing.LEAD].p_value
+    assert made[LEAD].p_holm == made[LEAD].p_value
 
 
 def test_seeds_that_agree_exactly_give_no_interval():
     # As when nothing was learnt: no advice may rest on it.
-    bounds, made = weighing._quantities({weighing.DIFFERENCE: number([0.0] * 5)})
-    assert bounds[weighing.DIFFERENCE].low is None
-    assert "agree exactly" in made[weighing.DIFFERENCE].reason
-    advice = advise(tier2=Tier2(5, difference=bounds[weighing.DIFFERENCE]))
+    bounds, made = of({DIFFERENCE: number([0.0] * 5)}).quantities()
+    assert bounds[DIFFERENCE].low is None
+    assert "agree exactly" in made[DIFFERENCE].reason
+    advice = advise(tier2=Tier2(5, difference=bounds[DIFFERENCE]))
     assert advice.verdict == "inconclusive"
 
 
@@ -196,15 +215,15 @@ def scorer(name, pairs, likelihood) -> ScorerFinding:
 @pytest.fixture(scope="module")
 def findings() -> GapFindings:
     """Made up: no number here was measured."""
-    pilot = study()
-    pilot = dataclasses.replace(pilot, tasks=pilot.tasks[:1], contrasts=pilot.contrasts[:1])  # fmt: skip
-    _, made = weighing._quantities(
+    taken = study()
+    taken = dataclasses.replace(taken, tasks=taken.tasks[:1], contrasts=taken.contrasts[:1])  # fmt: skip
+    _, made = of(
         {
-            weighing.ADVANTAGE: number(LEADS, unit="nats per pair"),
-            weighing.HEADROOM: number(LEADS, "Q4", unit="winrate − ½, n = 4"),
-            weighing.DIFFERENCE: number(LEADS, "Q6"),
+            ADVANTAGE: number(LEADS, unit="nats per pair"),
+            HEADROOM: number(LEADS, "Q4", unit="winrate − ½, n = 4"),
+            DIFFERENCE: number(LEADS, "Q6"),
         }
-    )
+    ).quantities()
     curves = [
         scorer(name, pairs, top + slope / pairs)
         for name, top, slope in (
@@ -223,8 +242,8 @@ def findings() -> GapFindings:
         Multiplier(True, 3.0, 2.0, 4.0, -0.6, -0.6, (-0.1, 0.1), ""),
         (ChoiceCurve("gold", (1, 2), ((0.5, 0.6),) * 5, ((0.3, 0.4),) * 5),),
         2,
-        pilot,
-        {"RLOO": {"5": pilot.tasks[0].arm("RLOO").seeds[0].curve[2].kl}},
+        taken,
+        {"RLOO": {"5": taken.tasks[0].arm("RLOO").seeds[0].curve[2].kl}},
         JudgeFinding("llm", 100, {"agrees with the gold reward": (0.9, 0.8, 1.0)}),
     )
     return GapFindings(
