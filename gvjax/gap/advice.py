@@ -7,10 +7,21 @@ other verdict into "RL is likely to pay".
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
-from gvjax.gap import statistics
+from gvjax.gap.bounds import Bounds
+from gvjax.gap.premises import (
+    Premise,
+    both,
+    capital,
+    either,
+    estimate,
+    estimate_at_most,
+    high_end,
+    low_end,
+    shown,
+)
 
 Road = Literal[
     "RL is likely to pay",
@@ -26,57 +37,6 @@ SCORER_SEEDS = 3
 """Seeds below which intervals of scorers are known to be erratic."""
 RL_SEEDS = 5
 """The same for arms trained by RL, of which single seeds collapse."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Bounds:
-    """An estimate and its simultaneous interval.
-
-    Attributes:
-      point: the estimate.
-      low, high: ends of its interval, both None where there is none; −inf and inf are ends too.
-    """
-
-    point: float
-    low: float | None = None
-    high: float | None = None
-
-    def __post_init__(self) -> None:
-        if math.isnan(self.point):
-            raise ValueError("an estimate is NaN; leave it out (None) and say why")
-        if (self.low is None) != (self.high is None):
-            raise ValueError(
-                f"an interval has the ends {self.low} and {self.high}; give both, or None for both"
-            )
-        if self.low is None or self.high is None:
-            return
-        if not self.low <= self.point <= self.high:
-            raise ValueError(
-                f"the estimate {self.point} lies outside its interval [{self.low}, {self.high}]; advice rests on both, so"
-                " they must come from one method"
-            )
-
-
-def simultaneous(
-    estimates: Mapping[str, statistics.Estimate], *, level: float = 0.95
-) -> dict[str, Bounds]:
-    """Bounds that hold together with at least the given probability (Bonferroni).
-
-        each of the K intervals at level 1 − (1 − level)/K
-
-    Args:
-      estimates: by name; all that one piece of advice looks at.
-      level: of all intervals together.
-
-    References:
-      Dunn, 1961, https://doi.org/10.1080/01621459.1961.10482090.
-    """
-    each = 1 - (1 - level) / max(1, len(estimates))
-    found = {}
-    for name, estimate in estimates.items():
-        low, high = estimate.interval(each) or (None, None)
-        found[name] = Bounds(estimate.mean, low, high)
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +203,7 @@ def advise(
     else:
         verdict, basis = rule.verdict, rule.basis
         sentences = [_OPENINGS[verdict, basis]]
-        sentences += [f"{_capital(premise.text)}." for premise in rule.premises]
+        sentences += [f"{capital(premise.text)}." for premise in rule.premises]
         would_change = list(_REVERSALS[verdict])
     sentences += _on_seeds(tier1, tier2)
     return Advice(
@@ -256,29 +216,10 @@ def advise(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Premise:
-    """One condition on one number.
-
-    Attributes:
-      text: the condition with the number behind it, as it reads where it holds.
-      holds: whether it does.
-      shortfall: the number, and the condition that it does not meet; '' where the number is not known.
-      missing: what would make it hold, or '' where nothing but another value would.
-      name: of the number, where the condition is on one.
-    """
-
-    text: str
-    holds: bool
-    missing: str = ""
-    shortfall: str = ""
-    name: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class _Rule:
     verdict: Road
     basis: Basis
-    premises: tuple[_Premise, ...]
+    premises: tuple[Premise, ...]
 
 
 _NAMES = {
@@ -357,13 +298,13 @@ def _rules(
     m, nats = margins.winrate, margins.nats
 
     def low(name: str, bounds: Bounds | None, least: float, *, strictly=False):
-        return _low_end(_NAMES[name], bounds, least, strictly)
+        return low_end(_NAMES[name], bounds, least, strictly)
 
     def high(name: str, bounds: Bounds | None, most: float):
-        return _high_end(_NAMES[name], bounds, most)
+        return high_end(_NAMES[name], bounds, most)
 
     def point(name: str, bounds: Bounds | None, least: float, *, strictly=False):
-        return _estimate(_NAMES[name], bounds, least, strictly)
+        return estimate(_NAMES[name], bounds, least, strictly)
 
     observed = (
         _Rule(
@@ -386,7 +327,7 @@ def _rules(
                 low("advantage", one.advantage, 0.0, strictly=True),
                 low("headroom", one.headroom, m),
                 low("lead", one.lead, 0.0, strictly=True),
-                _either(
+                either(
                     point("advantage", one.advantage, nats), point("lead", one.lead, m)
                 ),
                 point("oracle", one.oracle, m),
@@ -404,8 +345,8 @@ def _rules(
             ),
         ),
     )
-    turned_down = _both(
-        high("turn", one.turn, 0.0), _estimate_at_most(_NAMES["turn"], one.turn, -m)
+    turned_down = both(
+        high("turn", one.turn, 0.0), estimate_at_most(_NAMES["turn"], one.turn, -m)
     )
     diagnoses = (
         _Rule(
@@ -413,7 +354,7 @@ def _rules(
             "predicted",
             (
                 low("oracle", one.oracle, m),
-                _either(
+                either(
                     high("efficiency", one.efficiency, margins.low_efficiency),
                     turned_down,
                 ),
@@ -429,7 +370,7 @@ def _rules(
         "predicted",
         (
             high("slope", one.slope, -margins.nats_per_doubling),
-            _Premise(
+            Premise(
                 "how many more labels would replace the reward model is not identified",
                 one.data_multiplier_identified is False,
             ),
@@ -438,93 +379,6 @@ def _rules(
     if pilot:
         return (*observed, *diagnoses, collect)
     return (*outcome, *diagnoses, nothing_to_extract, collect)
-
-
-def _low_end(
-    name: str, bounds: Bounds | None, least: float, strictly: bool
-) -> _Premise:
-    rule = f"{'above' if strictly else 'at least'} {_number(least)}"
-    if bounds is None or bounds.low is None or bounds.high is None:
-        return _Premise(f"{name} is {rule}", False, _unknown(name, bounds))
-    holds = bounds.low > least if strictly else bounds.low >= least
-    return _bounded(name, bounds, rule, least, bounds.low, holds)
-
-
-def _high_end(name: str, bounds: Bounds | None, most: float) -> _Premise:
-    rule = f"below {_number(most)}"
-    if bounds is None or bounds.low is None or bounds.high is None:
-        return _Premise(f"{name} is {rule}", False, _unknown(name, bounds))
-    return _bounded(name, bounds, rule, most, bounds.high, bounds.high < most)
-
-
-def _bounded(
-    name: str, bounds: Bounds, rule: str, wall: float, end: float, holds: bool
-) -> _Premise:
-    number = f"{name} is {_shown(bounds)}"
-    return _Premise(
-        f"{number}, {rule}",
-        holds,
-        "" if holds else _shrink(name, bounds, wall, end, rule),
-        f"{number}, not all {rule}",
-        name,
-    )
-
-
-def _estimate(
-    name: str, bounds: Bounds | None, least: float, strictly: bool
-) -> _Premise:
-    rule = f"{'above' if strictly else 'at least'} {_number(least)}"
-    if bounds is None or bounds.low is None:
-        return _Premise(f"{name} is estimated {rule}", False, _unknown(name, bounds))
-    holds = bounds.point > least if strictly else bounds.point >= least
-    number = f"{name} is estimated at {_number(bounds.point)}"
-    return _Premise(f"{number}, {rule}", holds, "", f"{number}, not {rule}", name)
-
-
-def _estimate_at_most(name: str, bounds: Bounds | None, most: float) -> _Premise:
-    if bounds is None or bounds.low is None:
-        return _Premise(
-            f"{name} is estimated at most {_number(most)}",
-            False,
-            _unknown(name, bounds),
-        )
-    return _Premise(
-        f"{name} is estimated at {_number(bounds.point)}, at most {_number(most)}",
-        bounds.point <= most,
-    )
-
-
-def _either(a: _Premise, b: _Premise) -> _Premise:
-    if a.holds or b.holds:
-        return a if a.holds else b
-    missing = " or ".join(text for text in (a.missing, b.missing) if text)
-    return _Premise(f"{a.text}, or {b.text}", False, missing)
-
-
-def _both(a: _Premise, b: _Premise) -> _Premise:
-    missing = " and ".join(text for text in (a.missing, b.missing) if text)
-    return _Premise(f"{a.text}, and {b.text}", a.holds and b.holds, missing)
-
-
-def _shrink(name: str, bounds: Bounds, wall: float, end: float, rule: str) -> str:
-    """By how much the interval must shrink; '' where its middle is on the wrong side and shrinking would not help."""
-    room, half = wall - bounds.point, end - bounds.point
-    if room == 0 or half == 0 or (room > 0) != (half > 0):
-        return ""
-    if math.isinf(half):
-        return f"an interval of {name}, which has no end now"
-    # Intervals shrink with the root of what they are made from.
-    factor = (half / room) ** 2
-    return (
-        f"the interval {_shown(bounds)} of {name}: to lie {rule} around the same estimate, it must shrink to"
-        f" {_percent(abs(room / half))} of its width, which takes about {_times(factor)} as many prompts and seeds"
-    )
-
-
-def _unknown(name: str, bounds: Bounds | None) -> str:
-    if bounds is None:
-        return f"{name}: not measured"
-    return f"an interval of {name}: seed variance is unknown, train at least two seeds, better five"
 
 
 def _in_the_way(rules: Sequence[_Rule]) -> list[str]:
@@ -595,11 +449,11 @@ def _not_evidence_of(
         )
     elif one.cue_drop.low is not None and one.cue_drop.low > 0:
         lines.append(
-            f"{cues}, and here it loses {_shown(one.cue_drop)} more accuracy than the reward model when pairs are paraphrased."
+            f"{cues}, and here it loses {shown(one.cue_drop)} more accuracy than the reward model when pairs are paraphrased."
         )
     else:
         lines.append(
-            f"{cues}. Here that is not seen: on paraphrased pairs it loses {_shown(one.cue_drop)} more accuracy than the reward"
+            f"{cues}. Here that is not seen: on paraphrased pairs it loses {shown(one.cue_drop)} more accuracy than the reward"
             " model."
         )
     length = (
@@ -611,7 +465,7 @@ def _not_evidence_of(
         lines.append(f"{length}: here it explains nothing of the reward's variance.")
     else:
         lines.append(
-            f"{length}: length explains {_shown(one.length_share)} of its variance here."
+            f"{length}: length explains {shown(one.length_share)} of its variance here."
         )
     peak = (
         "An advantage of RL is not evidence of easy verification where good answers are merely rare under the SFT policy,"
@@ -621,7 +475,7 @@ def _not_evidence_of(
         lines.append(f"{peak}; how rare was not measured.")
     else:
         lines.append(
-            f"{peak}: the best samples differ from all by {_shown(one.peak_distance)} nats here."
+            f"{peak}: the best samples differ from all by {shown(one.peak_distance)} nats here."
         )
     null = (
         "A gain by choosing with the reward model is not evidence of what it learned from labels where the policy's own"
@@ -631,7 +485,7 @@ def _not_evidence_of(
         lines.append(f"{null}; that was not measured.")
     else:
         lines.append(
-            f"{null}: the reward model's lead over it in winrate is {_shown(one.null_lead)} here."
+            f"{null}: the reward model's lead over it in winrate is {shown(one.null_lead)} here."
         )
     lines.append("All of it is as good as the gold judge, and says nothing beyond it.")
     return [*lines, *judge_warnings]
@@ -647,29 +501,3 @@ def _known(tier: _Tier) -> _Tier:
         if isinstance(value := getattr(tier, field.name), Bounds)
     }
     return dataclasses.replace(tier, **bare)
-
-
-def _shown(bounds: Bounds) -> str:
-    if bounds.low is None or bounds.high is None:
-        return f"{_number(bounds.point)} (no interval)"
-    if bounds.low == bounds.high:
-        return _number(bounds.point)
-    return f"{_number(bounds.point)} [{_number(bounds.low)}, {_number(bounds.high)}]"
-
-
-def _number(value: float) -> str:
-    # What rounding alone left is nothing.
-    value = 0.0 if abs(value) < 1e-9 else value
-    return f"{value:.3g}".replace("-", "−")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f}%"
-
-
-def _times(factor: float) -> str:
-    return f"{factor:.1f} times" if factor < 100 else f"{factor:.0f} times"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gvjax.gap import quantities, statistics
-from gvjax.gap.advice import Bounds, simultaneous
+from gvjax.gap.bounds import Bounds, simultaneous
 from gvjax.gap.findings import Quantity, SeedValues
 from gvjax.gap.statistics import Estimate, Prompts
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from scipy import optimize, special
 
 from gvjax.gap import advice, quantities, results, statistics
+from gvjax.gap.bounds import simultaneous
 from gvjax.gap.statistics import Estimate
 
 Array = npt.NDArray[np.float64]
@@ -256,7 +257,7 @@ def study(world: World, design: Design, rng: Rng) -> Study:
 
     def bounds(names) -> dict[str, Any]:
         known = {name: estimates[name] for name in names if name in estimates}
-        return dict(advice.simultaneous(known))
+        return dict(simultaneous(known))
 
     scorers = bounds(TIER1)
     both = bounds((*TIER1, *TIER2))
@@ -304,7 +305,7 @@ class Contenders:
             for seed in seeds
         ]
         estimates = {"difference": statistics.paired_mean(rows, prompts="nested")}
-        bounds = advice.simultaneous(estimates)
+        bounds = simultaneous(estimates)
         nothing = advice.Tier1(self.seeds)
         return Study(
             estimates,

@@ -144,6 +144,7 @@ class Store:
 
 _SHOWING = (
     "advice",
+    "bounds",
     "calibration",
     "choices",
     "contrasts",
@@ -154,6 +155,7 @@ _SHOWING = (
     "likelihoods",
     "numbers",
     "pilot",
+    "premises",
     "report",
     "weighing",
 )

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from gvjax import config
 from gvjax.gap import gathering, judging, stages
-from gvjax.gap.advice import Advice, Bounds, Margins, Tier1, Tier2, advise
+from gvjax.gap.advice import Advice, Margins, Tier1, Tier2, advise
+from gvjax.gap.bounds import Bounds
 from gvjax.gap.choices import add_choices, add_sizes
 from gvjax.gap.findings import (
     ChoiceCurve,

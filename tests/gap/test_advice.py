@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from gvjax.gap import statistics
-from gvjax.gap.advice import Advice, Bounds, Margins, Tier1, Tier2, advise, simultaneous
+from gvjax.gap.advice import Advice, Margins, Tier1, Tier2, advise
+from gvjax.gap.bounds import Bounds, simultaneous
 
 OPEN = "inconclusive"
 RL = "RL is likely to pay"
