@@ -221,7 +221,7 @@ class Checkpoints:
             self._orbax.close()
 
     def steps(self) -> list[int]:
-        """The steps with a complete checkpoint, ascending."""
+        """The steps with a complete checkpoint, ascending; on every process, as process 0 sees them."""
         return [step for step in _steps(self.directory) if step != self._pending]
 
     def latest_step(self) -> int | None:
@@ -318,17 +318,19 @@ class Checkpoints:
             self._orbax.close()
         full = _is_full_disk(error)
         self._orbax = self._open()
+        # Of this process alone: the others may not be here.
+        last_good = max(_listed(self.directory), default=None)
         failure = CheckpointError(
             f"the checkpoint of step {step} in {self.directory} was not written"
             f"{' because the disk is full' if full else ''}: {_one_line(error)}; the last good step is "
-            f"{self.latest_step()}"
+            f"{last_good}"
         )
         self.last_error = failure
         # Orbax counts its time limits by the wall clock, and gives a save up when that jumps. What that save still writes
         # may then be in the way of the next one.
         before, self._gave_up = self._gave_up, isinstance(error, TimeoutError)
         in_the_way = before and isinstance(error, OSError) and not full
-        gave_up = (in_the_way or self._gave_up) and self.latest_step() is not None
+        gave_up = (in_the_way or self._gave_up) and last_good is not None
         passed_over = gave_up or (full and self._on_full_disk == "continue")
         if passed_over and jax.process_count() == 1:
             logger.error("%s; going on without it", failure)
@@ -414,6 +416,22 @@ def _context() -> ocp.Context:
 
 
 def _steps(directory: epath.Path) -> list[int]:
+    """The steps in a directory as process 0 lists them; called by every process.
+
+    A network file system may show a process what was there a while ago, and each would go on from another step.
+    """
+    listed = _listed(directory)
+    if jax.process_count() == 1:
+        return listed
+    from_first = multihost_utils.broadcast_one_to_all
+    count = int(from_first(np.array(len(listed), np.int32)))
+    # The others only say how many there are.
+    steps = listed if jax.process_index() == 0 else [0] * count
+    return np.asarray(from_first(np.array(steps, np.int32))).tolist() if count else []
+
+
+def _listed(directory: epath.Path) -> list[int]:
+    """As this process sees them."""
     if not directory.exists():
         return []
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal())

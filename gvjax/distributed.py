@@ -9,9 +9,10 @@ The contract with whatever starts the processes (`launch/`, Slurm, a JobSet, a s
     71    hang: no step within the watchdog's limit          restart, counted
     85    checkpointed after a preemption notice (SIGTERM)   restart, not counted
 
-    134, 137 and 143 are a peer's or the host's death (restart, counted). The first non-zero code ends the group: SIGTERM,
-    a grace period, SIGKILL. SIGTERM alone does not end a process that has called `initialize`: it is the preemption
-    notice, and the loop answers it at the next step.
+    134, 137 and 143 are a peer's or the host's death, 1 whatever Python and faulthandler say so (restart, counted); 2 is
+    a command line that was not understood (never restart). The first non-zero code ends the group: SIGTERM, a grace
+    period, SIGKILL. SIGTERM alone does not end a process that has called `initialize`: it is the preemption notice, and
+    the loop answers it at the next step.
 
 A run calls `initialize` first of all, `assert_same_on_all_hosts` before its first step, `Watchdog.beat` and
 `preemption_requested` at every step, and leaves by `exit_with`.
@@ -71,6 +72,8 @@ _GOODBYE, _STUCK = b".", b"!"
 _preempted = threading.Event()
 _asked = itertools.count(1)
 _lifelines: dict[int, socket.socket] = {}
+_left: dict["Watchdog", float] = {}
+"""Seconds that each watchdog at work has left, when it last looked, until it is too late for a thread to say so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,7 @@ def initialize(
     With several processes an uncaught exception ends this one at once with code 70, so that the others do not wait for
     it at a barrier; and every process holds a socket to process 0, whose end ends the others too, with code 70: a
     collective may wait for a dead peer until the heartbeat's timeout and beyond. Alone, SIGTERM is made a preemption notice as well (a second one kills).
+    SIGTSTP (from Ctrl-Z, or a batch system that suspends) stops the process as ever, and its watchdogs' clocks.
 
     Args:
       coordinator: "host:port" of process 0.
@@ -117,6 +121,9 @@ def initialize(
     """
     if jax.distributed.is_initialized():
         return
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+        signal.signal(signal.SIGTSTP, _on_sigtstp)
     cluster, source = _resolve(
         _Cluster(coordinator, num_processes, process_id), os.environ
     )
@@ -159,10 +166,7 @@ def initialize(
     if jax.process_count() > 1:
         sys.excepthook = _crash
         _open_lifelines(cluster.coordinator, heartbeat_timeout_s)
-    elif (
-        not jax.distributed.is_initialized()
-        and threading.current_thread() is threading.main_thread()
-    ):
+    elif not jax.distributed.is_initialized() and in_main_thread:
         signal.signal(signal.SIGTERM, _on_sigterm)
     logger.info(
         "process %d of %d (by %s) on %s, pid %d, coordinator %s, %d of %d %s devices",
@@ -297,7 +301,12 @@ class Watchdog:
 
     Heartbeats between processes cannot see this: they come from a thread of their own and go on while Python is stuck
     in a data loader. Time in which the whole process was stopped (Ctrl-Z and `fg`, a suspended machine) does not count,
-    nor do jumps of the wall clock. Use as a context manager around the loop:
+    nor do jumps of the wall clock.
+
+    What is stuck and lets no other thread run (a regular expression that backtracks, a C extension) is ended by
+    faulthandler after twice the limit, with the stacks and code 1. Its clock, of which a process has one, runs on while
+    the process is stopped by SIGSTOP out of the blue; with SIGTSTP first, as from Ctrl-Z, it does not, after
+    `initialize`. Use as a context manager around the loop:
 
         with Watchdog() as watchdog:
             for step in ...:
@@ -338,12 +347,16 @@ class Watchdog:
             target=self._watch, name="watchdog", daemon=True
         )
         self._thread.start()
+        self._look(self._last)
         return self
 
     def __exit__(self, *_) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+            self._thread = None
+        _left.pop(self, None)
+        _arm_backstop()
 
     def beat(self, step: int) -> None:
         """Says that a step has finished."""
@@ -359,12 +372,14 @@ class Watchdog:
         before, self._paused_limit = self._paused_limit, limit_s
         self._last = time.monotonic()
         self._paused += 1
+        self._look(self._last)
         try:
             yield
         finally:
             self._untimed, self._last = True, time.monotonic()
             self._paused -= 1
             self._paused_limit = before
+            self._look(self._last)
 
     @property
     def limit_s(self) -> float:
@@ -378,6 +393,14 @@ class Watchdog:
             self._factor * statistics.median(self._durations.copy()), self._floor_s
         )
 
+    def _look(self, now: float) -> tuple[float, float]:
+        """(limit, seconds without a beat), and what holds if no thread should come to look again."""
+        limit, idle = self.limit_s, now - self._last
+        if self._thread is not None:
+            _left[self] = 2 * limit - idle
+            _arm_backstop()
+        return limit, idle
+
     def _watch(self) -> None:
         looked = time.monotonic()
         while not self._stop.wait(nap := min(1.0, self.limit_s / 10)):
@@ -386,7 +409,7 @@ class Watchdog:
             if (lost := now - looked - nap) > max(nap, 1.0):
                 self._last = min(self._last + lost, now)
             looked = now
-            limit, idle = self.limit_s, now - self._last
+            limit, idle = self._look(now)
             if idle <= limit:
                 continue
             print(
@@ -397,6 +420,16 @@ class Watchdog:
                 flush=True,
             )
             _leave_stuck()
+
+
+def _arm_backstop() -> None:
+    """Has C code end the process unless this is called again in time, which takes a thread that gets to run."""
+    # Threads may each have a watchdog; the process has one such clock.
+    left = min(_left.values(), default=math.inf)
+    faulthandler.cancel_dump_traceback_later()
+    if left < threading.TIMEOUT_MAX:
+        # What is late already, its own watchdog ends.
+        faulthandler.dump_traceback_later(max(left, 1.0), exit=True, file=2)
 
 
 def _leave_stuck() -> NoReturn:
@@ -478,6 +511,12 @@ def _integer(environment: Mapping[str, str], name: str) -> int | None:
         return int(value)
     except ValueError:
         raise ValueError(f"{name}={value!r} must be an integer") from None
+
+
+def _on_sigtstp(number, frame) -> None:
+    # Its clock would run on; the watchdogs set it again when the process does.
+    faulthandler.cancel_dump_traceback_later()
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def _on_sigterm(number, frame) -> None:

@@ -47,7 +47,7 @@ the program
 
 the exit codes it should use
    0  done
-  64  wrong config or data: never started again
+  64  wrong config or data: never started again; nor is 2, a command line that is not understood
   70  crash, 71 hang, and whatever else: started again, at most --retries times
   85  checkpointed after SIGTERM: started again, not counted
 
@@ -125,7 +125,7 @@ def _add_launch_flags(launch: argparse.ArgumentParser) -> None:
         "--setup",
         action="append",
         metavar="LINE",
-        help="shell line, once per host",
+        help="shell line before the job, on each host (slurm: on the first)",
         **none,
     )
     add("--workdir", help="defaults to here (local, slurm, sky)", **none)
@@ -273,13 +273,20 @@ def _plan(spec: spec_lib.JobSpec, verb: str) -> plan.Plan:
 
 
 def _refuse_leaks(spec: spec_lib.JobSpec) -> None:
-    """A secret's value among the program's words would end up in manifests, whatever is done with its name."""
+    """A secret's value among a job's words would end up in scripts and manifests, whatever is done with its name."""
+    words = {
+        "the program's arguments": spec.argv,
+        "env": spec.env.values(),
+        "setup": spec.setup,
+        "image": (spec.image,),
+    }
     for name in spec.secrets:
         value = os.environ.get(name, "")
-        if len(value) >= 8 and value in " ".join([*spec.argv, *spec.env.values()]):
-            raise ValueError(
-                f"the value of secret {name} stands in the program's arguments or env; let the program read ${name}"
-            )
+        for place, written in words.items():
+            if len(value) >= 8 and value in " ".join(written):
+                raise ValueError(
+                    f"the value of secret {name} stands in {place}; let the program read ${name}"
+                )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import queue
+import random
 import signal
 import socket
 import subprocess
@@ -183,9 +184,12 @@ def _follow(watch: plan_lib.Watch, directory: Path, secrets: tuple[str, ...]) ->
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """One that nobody holds, below those (from 32768 on) that the kernel gives to connections before it is bound."""
+    while True:
+        port = random.randrange(20000, 32768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 class _Running:
@@ -253,7 +257,7 @@ def supervise(group: Group, directory: Path) -> int:
     """Start the group, and again as its exit codes say, until it is done, hopeless, or told to stop.
 
     The first non-zero exit code decides for all: it ends the group (SIGTERM, grace, SIGKILL), 85 starts it again
-    uncounted, 64 never, anything else up to `retries` times. SIGTERM or SIGINT to this process is passed on, and
+    uncounted, 64 and 2 never, anything else up to `retries` times. SIGTERM or SIGINT to this process is passed on, and
     nothing is started after it.
 
     Returns:
@@ -285,7 +289,7 @@ def _keep_alive(group: Group, log: IO[str], stop: threading.Event) -> int:
                 f"cannot start {group.argv[0]!r}: {error.strerror}", spec_lib.USER_ERROR
             ) from None
         code = _until_exit(running, group.grace, stop)
-        if stop.is_set() or code in (spec_lib.DONE, spec_lib.USER_ERROR):
+        if stop.is_set() or code in (spec_lib.DONE, *spec_lib.HOPELESS):
             return code
         if code != spec_lib.PREEMPTED:
             failures += 1

@@ -14,11 +14,15 @@ from launch import bucket, hw
 
 # The exit codes a gvjax process and its supervisors agree on.
 DONE = 0
+USAGE = 2  # what Python and its argument parsers say of a command line that they do not understand
 USER_ERROR = 64  # wrong config or data: a restart would only repeat it
 CRASH = 70
 HANG = 71
 PREEMPTED = 85  # checkpointed after SIGTERM: restart, and do not count it
 # Every other code (134, 137, 143: a peer or the host died) is a failure like CRASH and HANG: restart, counted.
+
+HOPELESS = (USAGE, USER_ERROR)
+"""Never restarted."""
 
 PORT = 8476
 """Where process 0 listens for the others, on machines a job has to itself."""
@@ -76,7 +80,8 @@ class JobSpec:
       processes: for CPUs, and for GPUs on one machine; otherwise the hardware decides.
       mesh: sizes of the axes data, fsdp and tensor; one may be -1. Empty leaves it to the program.
       image: container image.
-      setup: shell lines run once on each host before the job; for hosts that come without gvjax.
+      setup: shell lines run before the job, for hosts that come without gvjax: on each host; under Slurm on the first
+        one, in the batch script, whose environment all processes get. A line that fails ends the job.
       env: plain settings. Values are printed, so secrets are refused here.
       secrets: names of environment variables; values never enter a spec or a plan.
       workdir: directory the program starts in (local, slurm) or that is copied to the hosts (sky).

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from gvjax import distributed, sharding
+from gvjax import checkpoint, distributed, sharding
 
 RULES = [("w", P("fsdp"))]
 ROWS = 8
@@ -37,6 +37,23 @@ def batch_at(number: int) -> dict:
     return {"x": x, "y": x.sum(1)}
 
 
+def restored_with_an_old_listing(directory: pathlib.Path, me: int) -> list[int | None]:
+    """Steps restored by a process that does not see the newest, the second time none."""
+    mesh = sharding.make_mesh(fsdp=2)
+    state = sharding.init_sharded(init, mesh, RULES)
+    with checkpoint.Checkpoints(directory / "checkpoints", every_steps=1) as kept:
+        kept.save(1, state, {})
+        kept.save(2, state, {})
+        kept.wait()
+        plain = checkpoint._listed
+        if me == 1:
+            checkpoint._listed = lambda directory: plain(directory)[:1]
+        found = [kept.latest_step(), kept.restore(state).step]
+        if me == 1:
+            checkpoint._listed = lambda directory: []
+        return [*found, kept.restore(state).step]
+
+
 def main(act: str, directory: pathlib.Path) -> None:
     logging.basicConfig(level=logging.INFO)
     distributed.initialize()
@@ -44,6 +61,11 @@ def main(act: str, directory: pathlib.Path) -> None:
     first = batch_at(100 * me if act == "differ" else 0)
     distributed.assert_same_on_all_hosts("first batch", distributed.batch_digest(first))
     distributed.assert_shared(directory / str(me) if act == "apart" else directory)
+
+    if act == "stale":
+        result = {"restored": restored_with_an_old_listing(directory, me)}
+        (directory / f"{me}.json").write_text(json.dumps(result))
+        distributed.exit_with(distributed.ExitCode.DONE)
 
     tensor = 4 if act == "tensor" else 1
     mesh = sharding.make_mesh(fsdp=2 if tensor == 1 else 1, tensor=tensor)

@@ -21,7 +21,7 @@ from gvjax.bench.timing import Ceilings, Row, Work
 from gvjax.data import schema, sources
 from gvjax.models import cost
 from gvjax.models.config import ModelConfig
-from gvjax.plan import compiling, fitting, targets
+from gvjax.plan import compiling, fitting, programs, targets
 from gvjax.recipes import sft
 from gvjax.recipes.loop import Clock
 from gvjax.types import SharedPrompts
@@ -191,6 +191,46 @@ def test_the_prefill_that_decoding_is_told_from_has_the_sampler_s_cache():
     assert cache["positions"].shape == (8, SIZES.prompt)
 
 
+# Operations and bytes.
+
+
+def work_of(name, mesh=None, **changes) -> Work:
+    footing = Footing(micro(name, **({"mesh": mesh} if mesh else {}), **changes))
+    with works.work(name, footing) as work:
+        return work
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
+def test_a_step_costs_what_plan_says(name, share_prompts):
+    footing = Footing(micro(name, share_prompts=share_prompts))
+    sections = {
+        "sft": config.SftSection(batch_size=8),
+        "reward": config.RewardSection(batch_size=4),
+        "dpo": config.DpoSection(batch_size=4),
+    }
+    stage = programs.stage_of(
+        name, sections[name], footing.ground, pairs=None, evaluated=1
+    )
+    (step,) = [each for each in stage.programs if each.name == "train step"]
+    assert work_of(name, share_prompts=share_prompts).flops == step.work.flops
+    one = cost.forward_flops(MICRO, 16, scored=0 if name == "reward" else 8)
+    if name == "dpo" and share_prompts:
+        one = cost.grouped_flops(MICRO, 8, 8, 2) / 2
+    assert step.work.flops == 3 * 8 * one
+
+
+def test_every_device_reads_its_own_copy_of_the_matrices():
+    def moved(**axes):
+        mesh = sharding.make_mesh(devices=jax.devices()[:4], **axes)
+        return work_of("decode", mesh).moved
+
+    matrices = 4 * (cost.body_params(MICRO) + cost.head_params(MICRO))
+    caches = 8 * cost.cache_bytes(MICRO) * 12
+    assert moved(fsdp=4) == moved(data=4, fsdp=1) == 4 * matrices + caches
+    assert moved(fsdp=2, tensor=2) == 2 * matrices + caches
+
+
 # Memory, measured and planned.
 
 
@@ -267,29 +307,52 @@ def test_tokens_are_never_zero_and_prompts_are_shared():
 # Measuring.
 
 
-def test_the_median_of_the_repeats_counts_and_warm_ups_do_not():
+@pytest.fixture
+def sleep(monkeypatch):
+    """Lets the clock go on, and nothing else does."""
+    now = [0.0]
+    for clock in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(time, clock, lambda: now[0])
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    return sleep
+
+
+def test_the_median_of_the_repeats_counts_and_warm_ups_do_not(sleep):
     # The first two calls are slow; of the others one is.
     taken = iter([0.2, 0.1, 0.01, 0.06, 0.02])
 
     def once(number, clock):
         with clock.part("data"):
-            time.sleep(next(taken))
+            sleep(next(taken))
 
     work = Work(once, tokens=10, samples=5, flops=1e6, rest="train")
     row = timing.measure("x", work, repeats=3, ceilings=Ceilings(1e9, 1e9))
-    assert 0.02 <= row.seconds < 0.05
-    assert row.spread > 1
-    assert row.first_seconds > 0.1
-    assert row.tokens_per_second == pytest.approx(10 / row.seconds)
-    assert row.mfu == pytest.approx(1e6 / row.seconds / 1e9)
-    assert row.shares["data"] > 0.9
+    assert row.seconds == pytest.approx(0.02)
+    assert row.spread == pytest.approx(2.5)
+    assert row.first_seconds == pytest.approx(0.18)
+    assert row.tokens_per_second == pytest.approx(500)
+    assert row.mfu == pytest.approx(0.05)
+    assert row.shares["data"] == pytest.approx(1)
     assert row.of_bandwidth is None
 
 
-def test_what_moves_bytes_is_compared_with_the_copy():
-    work = Work(lambda number, clock: time.sleep(0.01), moved=1e6)
+def test_how_much_longer_the_first_call_took_is_told_of_whole_calls(sleep):
+    taken = iter([50, 20, 20])
+    work = Work(
+        lambda number, clock: sleep(next(taken)),
+        reading=lambda whole, parts: whole / 10,
+    )
+    row = timing.measure("x", work, repeats=1, ceilings=Ceilings(1.0, 1.0))
+    assert (row.seconds, row.first_seconds) == (2, 30)
+
+
+def test_what_moves_bytes_is_compared_with_the_copy(sleep):
+    work = Work(lambda number, clock: sleep(0.01), moved=1e6)
     row = timing.measure("x", work, repeats=1, ceilings=Ceilings(1e9, 1e9))
-    assert row.of_bandwidth == pytest.approx(1e6 / row.seconds / 1e9)
+    assert row.of_bandwidth == pytest.approx(0.1)
     assert row.mfu is None and row.tokens_per_second is None and row.padding is None
 
 

@@ -79,7 +79,7 @@ def alive(pid):
         return False
 
 
-def gone(pid, within=5.0):
+def gone(pid, within=60.0):
     end = time.monotonic() + within
     while alive(pid) and time.monotonic() < end:
         time.sleep(0.02)
@@ -169,8 +169,8 @@ def test_a_slow_call_within_the_limit_is_no_error():
 
 
 def test_the_limit_is_of_one_call_not_of_the_batch():
-    with make(time_limit=1.0) as verifier:
-        verifier(["p"] * 4, ["slow"] * 4)
+    with make(time_limit=3.0) as verifier:
+        verifier(["p"] * 12, ["slow"] * 12)
         assert not verifier.errors
 
 
@@ -209,7 +209,7 @@ def test_the_process_keeps_off_the_accelerator(monkeypatch):
 
 
 def test_what_a_cut_off_call_started_ends_with_it(tmp_path):
-    with make("with_child", time_limit=1.0) as verifier:
+    with make("with_child", time_limit=5.0) as verifier:
         note = tmp_path / "pids"
         verifier(["p"], [str(note)])
         pids = [int(pid) for pid in note.read_text().split()]
@@ -222,11 +222,11 @@ def test_the_process_ends_with_its_owner_even_in_the_middle_of_a_call(tmp_path):
     script = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "from gvjax.judges.verifier import Verifier\n"
-        "verifier = Verifier('graders_for_test:with_child', time_limit=50.0)\n"
+        "verifier = Verifier('graders_for_test:with_child', time_limit=600.0)\n"
         f"verifier(['p'], [{str(note)!r}])\n"
     )
     owner = subprocess.Popen([sys.executable, "-c", script], cwd=os.getcwd())
-    end = time.monotonic() + 30
+    end = time.monotonic() + 300
     while not (note.exists() and note.read_text()) and time.monotonic() < end:
         time.sleep(0.02)
     child = int(note.read_text().split()[0])

@@ -118,13 +118,15 @@ def measure(name: str, work: Work, *, repeats: int, ceilings: Ceilings) -> Row:
     first = time.perf_counter() - begun
     for number in range(1, WARM_UPS):
         jax.block_until_ready(work.once(number, Clock()))
-    seconds, cpu, shares = [], [], list[dict[str, float]]()
+    seconds, wholes, cpu = list[float](), list[float](), list[float]()
+    shares = list[dict[str, float]]()
     for number in range(WARM_UPS, WARM_UPS + repeats):
         clock = Clock()
         clock.waits = True
         begun, begun_cpu = time.perf_counter(), time.process_time()
         jax.block_until_ready(work.once(number, clock))
         whole = time.perf_counter() - begun
+        wholes.append(whole)
         counted = work.reading(whole, clock.seconds)
         seconds.append(counted)
         cpu.append((time.process_time() - begun_cpu) * counted / whole)
@@ -154,7 +156,7 @@ def measure(name: str, work: Work, *, repeats: int, ceilings: Ceilings) -> Row:
             part: statistics.median(each.get(part, 0.0) for each in shares)
             for part in shares[0]
         },
-        first_seconds=max(first - statistics.median(seconds), 0.0),
+        first_seconds=max(first - statistics.median(wholes), 0.0),
         peak_memory=peak.bytes(),
         compiled_memory=work.compiled_memory(),
         planned_memory=work.planned_memory(),

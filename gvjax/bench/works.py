@@ -22,7 +22,7 @@ from gvjax.data.batches import Batches
 from gvjax.data.examples import Examples, LengthPolicy, encode_rows
 from gvjax.data.tokenizer import ByteTokenizer
 from gvjax.models import cost, decoding, heads
-from gvjax.plan.programs import Program, stage_of
+from gvjax.plan.programs import Program, decode_bytes, forward_flops, stage_of
 from gvjax.recipes import dpo, online_dpo, policy_gradient, ppo, reward, sft
 from gvjax.recipes.ground import CompiledTraining
 from gvjax.recipes.loop import Clock
@@ -135,16 +135,13 @@ def _training(
     return Work(once, rest="train", **_accounts(footing, section, compiled), **counts)
 
 
-def _of_sequences(footing: Footing, *, forwards: float, heads: bool) -> dict[str, Any]:
-    """Counts of a step over the batch's sequences at full length."""
-    sizes, model = footing.request.sizes, footing.request.model
-    flops = cost.forward_flops(
-        model, sizes.length, scored=sizes.completion if heads else 0
-    )
-    return {
-        "tokens": sizes.batch * sizes.length,
-        "flops": sizes.batch * forwards * flops,
-    }
+def _of_sequences(
+    footing: Footing, *, forwards: float, heads: bool, group: int = 1
+) -> dict[str, Any]:
+    """Counts of a step over the batch's sequences at full length, `group` in a row with one prompt."""
+    sizes = footing.request.sizes
+    flops = forward_flops(footing.ground, sizes.batch, scored=heads, group=group)
+    return {"tokens": sizes.batch * sizes.length, "flops": forwards * flops}
 
 
 def _sft(footing: Footing, stack) -> Work:
@@ -251,7 +248,7 @@ def _dpo(footing: Footing, stack) -> Work:
     section = config.DpoSection(batch_size=size, beta=0.1)
     compiled, _ = dpo.program(footing.ground, section)
     batches = [footing.pairs("dpo", i, size) for i in range(BATCHES)]
-    counts = _of_sequences(footing, forwards=cost.TRAINING, heads=True)
+    counts = _of_sequences(footing, forwards=cost.TRAINING, heads=True, group=2)
     start = footing.policy
     return _training(footing, section, compiled, start, batches, samples=size, **counts)
 
@@ -305,7 +302,7 @@ def _prefill(footing: Footing, stack) -> Work:
 
 def _decode(footing: Footing, stack) -> Work:
     """All steps of a completion together, less the prefill: one step alone would be timed with its launch."""
-    sizes, model = footing.request.sizes, footing.request.model
+    sizes = footing.request.sizes
     prefill, sample = _prefill_program(footing), sampler(footing.ground, 1)
     tokens, lengths, ids = footing.prompts("decode", 0, sizes.batch)
 
@@ -324,9 +321,7 @@ def _decode(footing: Footing, stack) -> Work:
         once,
         tokens=sizes.batch,
         samples=sizes.batch,
-        moved=cost.decode_bytes(
-            model, sizes.batch, sizes.prompt + sizes.completion / 2
-        ),
+        moved=footing.request.mesh.size * decode_bytes(footing.ground, sizes.batch),
         reading=lambda _, parts: (parts["generate"] - parts["prefill"]) / count,
     )
 
@@ -375,7 +370,7 @@ def _round(
     made = prompts * cost.grouped_flops(
         model, sizes.prompt, sizes.completion, sizes.group
     )
-    scored = sizes.batch * cost.forward_flops(model, sizes.length, scored=0)
+    scored = forward_flops(ground, sizes.batch, scored=False)
     return Work(
         once,
         tokens=sizes.batch * sizes.length,
@@ -392,7 +387,7 @@ def _ref_logps(footing: Footing, rollouts, group: int = 1):
 
 
 def _online_dpo(footing: Footing, stack) -> Work:
-    sizes, model = footing.request.sizes, footing.request.model
+    sizes = footing.request.sizes
     prompts = sizes.batch // sizes.group
     section = config.OnlineDpoSection(
         prompts_per_step=prompts, samples_per_prompt=sizes.group
@@ -403,7 +398,7 @@ def _online_dpo(footing: Footing, stack) -> Work:
         return add_ref(footing.policy, pair_up(rollouts))
 
     # The best and the worst of each prompt are learned from.
-    forward = cost.forward_flops(model, sizes.length, scored=sizes.completion)
+    forward = forward_flops(footing.ground, 2 * prompts, group=2)
     return _round(
         footing,
         section,
@@ -412,12 +407,12 @@ def _online_dpo(footing: Footing, stack) -> Work:
         lambda params: params,
         prepare,
         updates=section.epochs,
-        flops=2 * prompts * (1 + cost.TRAINING * section.epochs) * forward,
+        flops=(1 + cost.TRAINING * section.epochs) * forward,
     )
 
 
 def _policy_gradient(footing: Footing, stack, **settings: Any) -> Work:
-    sizes, model = footing.request.sizes, footing.request.model
+    sizes = footing.request.sizes
     section = config.PolicyGradientSection(
         prompts_per_step=sizes.batch // sizes.group,
         samples_per_prompt=sizes.group,
@@ -428,7 +423,7 @@ def _policy_gradient(footing: Footing, stack, **settings: Any) -> Work:
     def prepare(params, rollouts, clock):
         return make_batch(rollouts, _ref_logps(footing, rollouts, sizes.group))[0]
 
-    forward = cost.forward_flops(model, sizes.length, scored=sizes.completion)
+    forward = forward_flops(footing.ground, sizes.batch, group=sizes.group)
     return _round(
         footing,
         section,
@@ -437,12 +432,12 @@ def _policy_gradient(footing: Footing, stack, **settings: Any) -> Work:
         lambda params: params,
         prepare,
         updates=section.epochs,
-        flops=sizes.batch * (1 + cost.TRAINING * section.epochs) * forward,
+        flops=(1 + cost.TRAINING * section.epochs) * forward,
     )
 
 
 def _ppo(footing: Footing, stack) -> Work:
-    sizes, model = footing.request.sizes, footing.request.model
+    sizes = footing.request.sizes
     section = config.PpoSection(
         prompts_per_step=sizes.batch // sizes.group, samples_per_prompt=sizes.group
     )
@@ -454,8 +449,8 @@ def _ppo(footing: Footing, stack) -> Work:
     def prepare(params, rollouts, clock):
         return make_batch(params["value"], rollouts, _ref_logps(footing, rollouts))[0]
 
-    policy = cost.forward_flops(model, sizes.length, scored=sizes.completion)
-    value = cost.forward_flops(model, sizes.length, scored=0)
+    policy = forward_flops(footing.ground, sizes.batch)
+    value = forward_flops(footing.ground, sizes.batch, scored=False)
     trained = cost.TRAINING * section.epochs
     return _round(
         footing,
@@ -465,7 +460,7 @@ def _ppo(footing: Footing, stack) -> Work:
         lambda params: params["policy"],
         prepare,
         updates=section.epochs,
-        flops=sizes.batch * (1 + trained) * (policy + value),
+        flops=(1 + trained) * (policy + value),
     )
 
 

@@ -29,7 +29,16 @@ from gvjax.recipes import (
 )
 from gvjax.recipes.ground import KEY_SHAPE, CompiledTraining, Ground
 from gvjax.recipes.programs import in_parts, reward_scorer, sampler, scorer
-from gvjax.types import Params, PreferenceBatch, Rollouts, SequenceBatch
+from gvjax.types import (
+    Params,
+    PreferenceBatch,
+    Rollouts,
+    SequenceBatch,
+    SharedPrompts,
+)
+
+TRAINING_ADAPTERS = 2
+"""Forwards that one forward and the gradient of adapters cost: what they lie beside is frozen and has none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +128,44 @@ def bytes_per_device(tree: Any) -> int:
     return sum(map(held, jax.tree.leaves(tree)))
 
 
+def shared_by(ground: Ground, group: int) -> int:
+    """Of `group` rows of one prompt in a row, for how many it is run once: for all, or for 1 where that does not pay."""
+    model = ground.group_logps_fn(group)
+    length = ground.prompt_length + ground.completion_length
+    return group if isinstance(model, SharedPrompts) and model.pays(length) else 1
+
+
+def forward_flops(
+    ground: Ground, rows: int, *, scored: bool = True, group: int = 1
+) -> float:
+    """Operations of the forward pass of rows as long as may be, on all devices together.
+
+    Args:
+      ground: network, mesh and lengths.
+      rows: sequences.
+      scored: whether logits are taken, of completions; a reward model and a critic take none.
+      group: rows in a row that have the same prompt, which a policy may share.
+    """
+    prompt, completion = ground.prompt_length, ground.completion_length
+    if scored and shared_by(ground, group) > 1:
+        return (
+            rows / group * cost.grouped_flops(ground.model, prompt, completion, group)
+        )
+    return rows * cost.forward_flops(
+        ground.model, prompt + completion, scored=completion if scored else 0
+    )
+
+
+def decode_bytes(ground: Ground, rows: int) -> float:
+    """Bytes that one step of decoding must read on each device, caches half full of completions.
+
+    Every data shard reads its own copy of the matrices, which the tensor axis alone splits.
+    """
+    own = -(-rows // sharding.batch_shards(ground.mesh))
+    average = ground.prompt_length + ground.completion_length / 2
+    return cost.decode_bytes(ground.model, own, average) / ground.mesh.shape["tensor"]
+
+
 def stage_of(
     name: str,
     section: config.Recipe,
@@ -159,7 +206,9 @@ def stage_of(
             compiled, _ = reward.program(ground, section)
             packed = section.packed_length
             batch = parts.pairs(section.batch_size, packed)
-            work = parts.training(2 * section.batch_size, scored=False, packed=packed)
+            work = parts.training(
+                2 * section.batch_size, parts.reward_model, packed=packed
+            )
             programs.append(parts.init_reward_model(section.zero_head))
             training = parts.train(
                 compiled, parts.reward_model, batch, work, source=(), base=False
@@ -171,7 +220,8 @@ def stage_of(
             compiled, _ = dpo.program(ground, section)
             packed = section.packed_length
             batch = parts.pairs(section.batch_size, packed)
-            work = parts.training(2 * section.batch_size, packed=packed)
+            group = compiled.group_size
+            work = parts.training(2 * section.batch_size, packed=packed, group=group)
             training = parts.train(compiled, parts.trained, batch, work)
         case config.HypoSection():
             compiled, _ = hypo.program(ground, section)
@@ -192,7 +242,8 @@ def stage_of(
             unreferenced = parts.made(pair_up, rollouts)
             batch = parts.made(add_ref, parts.policy, unreferenced)
             learned = 2 * len(batch.chosen.tokens)
-            work = parts.training(learned)
+            group = compiled.group_size
+            work = parts.training(learned, group=group)
             programs += [
                 parts.sampling(section.prompts_per_step, samples),
                 *parts.judging(section.rewards, rows, held),
@@ -200,7 +251,7 @@ def stage_of(
                 parts.program(
                     *("reference scoring", add_ref, parts.policy, unreferenced),
                     arguments=("reference",),
-                    work=parts.forward(learned),
+                    work=parts.forward(learned, group=group),
                 ),
             ]
             training = parts.train(compiled, parts.trained, batch, work)
@@ -209,11 +260,12 @@ def stage_of(
             compiled, _, prepare = (ppo if by_ppo else policy_gradient).program(
                 ground, section
             )
-            rows = section.prompts_per_step * section.samples_per_prompt
+            samples = section.samples_per_prompt
+            rows = section.prompts_per_step * samples
             programs += [
-                parts.sampling(section.prompts_per_step, section.samples_per_prompt),
+                parts.sampling(section.prompts_per_step, samples),
                 *parts.judging(section.rewards, rows, held),
-                parts.scoring(rows, arguments=("reference",)),
+                parts.scoring(rows, group=1 if by_ppo else samples),
             ]
             rollouts, ref_logps = parts.rollouts(rows), parts.columns(rows)
             if by_ppo:
@@ -229,9 +281,9 @@ def stage_of(
             else:
                 trained, prepared, read = parts.trained, (rollouts, ref_logps), ()
             batch, _ = parts.made(prepare, *prepared)
-            work = parts.training(rows)
+            work = parts.training(rows, group=compiled.group_size)
             if by_ppo:
-                critic = parts.training(rows, scored=False)
+                critic = parts.training(rows, parts.reward_model)
                 work = Work(work.flops + critic.flops, work.bytes + critic.bytes)
             programs.append(
                 parts.program("advantages", prepare, *prepared, arguments=read)
@@ -251,7 +303,7 @@ def stage_of(
             programs += [
                 parts.sampling(section.prompts_per_step, 2),
                 *parts.judging(section.rewards, rows, held),
-                parts.scoring(rows, arguments=("reference",)),
+                parts.scoring(rows),
                 parts.program("pair up", prepare, rollouts, ref_logps),
             ]
             work = parts.training(rows)
@@ -356,26 +408,34 @@ class _Parts:
         seeds that are done at once."""
         return Work(self._seeds * flops / self._ground.mesh.size, self._seeds * data)
 
-    def _matrices(self) -> float:
+    def _matrices(self, scored: bool) -> float:
         """Bytes of the network's matrices that one pass reads on each device."""
         model = self._ground.model
-        numbers = cost.body_params(model) + cost.head_params(model)
+        numbers = cost.body_params(model) + scored * cost.head_params(model)
         return numbers * cost.ITEMSIZE[model.dtype] / self._ground.mesh.shape["tensor"]
 
-    def forward(self, rows: int, *, scored: bool = True) -> Work:
-        flops = rows * cost.forward_flops(
-            self._ground.model, self._length, scored=None if scored else 0
-        )
-        return self._work(flops, self._matrices())
+    def forward(self, rows: int, *, scored: bool = True, group: int = 1) -> Work:
+        flops = forward_flops(self._ground, rows, scored=scored, group=group)
+        return self._work(flops, self._matrices(scored))
 
     def training(
-        self, rows: int, *, scored: bool = True, packed: int | None = None
+        self,
+        rows: int,
+        trained: Params | None = None,
+        *,
+        packed: int | None = None,
+        group: int = 1,
     ) -> Work:
-        one = self.forward(rows, scored=scored)
-        updated = self._seeds * 7 * bytes_per_device(self.policy)
+        """An update of a policy; or of what has no logits and no adapters, if `trained` says so."""
+        one = self.forward(rows, scored=trained is None, group=group)
+        adapters = trained is None and self._base is not None
+        forwards = TRAINING_ADAPTERS if adapters else cost.TRAINING
+        changed = bytes_per_device(self.trained if trained is None else trained)
+        # AdamW's 28 bytes of each 4.
+        updated = self._seeds * cost.update_bytes(1) * changed / 4
         # Packed rows are full of sequences, here of ones as long as may be.
         flops = one.flops * (packed or self._length) / self._length
-        return Work(cost.TRAINING * flops, cost.TRAINING * one.bytes + updated)
+        return Work(forwards * flops, forwards * one.bytes + updated)
 
     # Programs.
 
@@ -467,9 +527,7 @@ class _Parts:
         flops = prompts * cost.grouped_flops(
             model, ground.prompt_length, ground.completion_length, samples
         )
-        average = ground.prompt_length + ground.completion_length / 2
-        step = cost.decode_bytes(model, -(-rows // shards), average)
-        data = ground.completion_length * step / mesh.shape["tensor"]
+        data = ground.completion_length * decode_bytes(ground, rows)
         split = mesh.shape["tensor"]
         cache = -(-rows // shards) * self._length * cost.cache_bytes(model) // split
         cache *= self._seeds
@@ -490,16 +548,16 @@ class _Parts:
             work=self._work(flops, data),
         )
 
-    def scoring(
-        self, rows: int, arguments: tuple[str, ...] = ("reference",)
-    ) -> Program:
+    def scoring(self, rows: int, group: int = 1) -> Program:
+        # Where nothing is shared, that of groups is the same program.
+        group = shared_by(self._ground, group)
         return self.program(
-            f"score {rows}",
-            scorer(self._ground),
+            f"score {rows}" if group == 1 else f"score {rows} by {group}",
+            scorer(self._ground, group),
             self.policy,
             self.sequences(rows),
-            arguments=arguments,
-            work=self.forward(rows),
+            arguments=("reference",),
+            work=self.forward(rows, group=group),
         )
 
     def reward_scoring(

@@ -296,7 +296,7 @@ class CompiledTraining:
     ):
         self._ground = ground
         self._make_step = make_step
-        self._group_size = group_size
+        self.group_size = group_size
         self._start = jax.jit(functools.partial(steps.init_train_state, tx=tx))
         self._layout: Any = None
         self._laying_out = threading.Lock()
@@ -346,7 +346,7 @@ class CompiledTraining:
             self._layout = layout
 
     def _plain_step(self, state: TrainState, batch: Any, *base: Params):
-        logps_fn = self._ground.group_logps_fn(self._group_size)
+        logps_fn = self._ground.group_logps_fn(self.group_size)
         if base:
             # Bound while tracing, so that gradients, moments and norms are the adapters' alone.
             logps_fn = of_params(

@@ -13,6 +13,12 @@ def exports(env: Mapping[str, str]) -> list[str]:
     return [f"export {name}={shlex.quote(value)}" for name, value in env.items()]
 
 
+def ended(code: str) -> str:
+    """A test whether this exit code is one after which nothing is started again."""
+    codes = (spec_lib.DONE, *spec_lib.HOPELESS)
+    return " || ".join(f"{code} -eq {each}" for each in codes)
+
+
 def supervise(retries: int) -> list[str]:
     """A function `supervise PROGRAM ARGS...` that returns the program's last exit code, and sets `stopping`.
 
@@ -48,7 +54,7 @@ supervise() {{
       code=$?
     fi
     child=0
-    if [[ $stopping -eq 1 || $code -eq {spec_lib.DONE} || $code -eq {spec_lib.USER_ERROR} ]]; then
+    if [[ $stopping -eq 1 || {ended("$code")} ]]; then
       break
     fi
     if [[ $code -ne {spec_lib.PREEMPTED} ]]; then

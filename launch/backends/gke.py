@@ -129,7 +129,9 @@ def jobset(spec: spec_lib.JobSpec) -> dict:
                         "name": "userError",
                         "action": "FailJobSet",
                         "onJobFailureReasons": ["PodFailurePolicy"],
-                        "onJobFailureMessagePatterns": [_message(spec_lib.USER_ERROR)],
+                        "onJobFailureMessagePatterns": [
+                            _message(code) for code in spec_lib.HOPELESS
+                        ],
                     },
                     {
                         "name": "preempted",
@@ -175,7 +177,7 @@ def _job(spec: spec_lib.JobSpec) -> dict:
                         "values": [code],
                     },
                 }
-                for code in (spec_lib.USER_ERROR, spec_lib.PREEMPTED)
+                for code in (*spec_lib.HOPELESS, spec_lib.PREEMPTED)
             ]
         },
         "template": _template(spec),

@@ -1,7 +1,7 @@
 """Slurm: one batch script. JAX reads coordinator, count and index from Slurm's own variables.
 
 Slurm sends SIGTERM to the tasks `grace` seconds before the time limit, and when it preempts the job. What the tasks
-exit with decides: 85 goes back into the queue, other failures do so up to `retries` times, 64 never.
+exit with decides: 85 goes back into the queue, other failures do so up to `retries` times, 64 and 2 never.
 """
 
 import os
@@ -78,7 +78,7 @@ def script(spec: spec_lib.JobSpec) -> str:
         "#SBATCH --requeue",
         "set -u",
         *bash.exports({**spec.env, **spec.cpu_env}),
-        *spec.setup,
+        *_setup(spec),
         "",
         "# Without a trap SIGTERM would end this shell before the tasks have checkpointed.",
         "stopping=0",
@@ -87,7 +87,7 @@ def script(spec: spec_lib.JobSpec) -> str:
         "code=$?",
         "",
         f"failures_file={shlex.quote(os.path.splitext(_log(spec))[0])}.$SLURM_JOB_ID.failures",
-        f"if [[ $code -eq {spec_lib.DONE} || $code -eq {spec_lib.USER_ERROR} ]]; then",
+        f"if [[ {bash.ended('$code')} ]]; then",
         '  rm -f "$failures_file"',
         '  exit "$code"',
         "fi",
@@ -112,6 +112,14 @@ def script(spec: spec_lib.JobSpec) -> str:
         'exit "$code"',
     ]
     return bash.script(*lines)
+
+
+def _setup(spec: spec_lib.JobSpec) -> list[str]:
+    """In this shell, whose environment srun hands on."""
+    if not spec.setup:
+        return []
+    failed = f'echo "launch: a line of --setup failed"; exit {spec_lib.USER_ERROR}'
+    return [f"trap {shlex.quote(failed)} ERR", *spec.setup, "trap - ERR"]
 
 
 def _container(spec: spec_lib.JobSpec) -> str:

@@ -245,15 +245,24 @@ def _shared(spec: spec_lib.JobSpec) -> tuple[str, ...]:
 
 def _job(spec: spec_lib.JobSpec) -> str:
     unit = _unit(spec)
+    directory = f"$HOME/{_directory(spec)}"
     lines = [
         f"# One host's process of {spec.name}: runs it, and again as its exit code says.",
+        "# However this ends, it says how: a watch waits for that. The end of the host is not the end of the job.",
+        f"outcome={_TAKEN}",
+        f"""trap 'echo "$outcome" >"{directory}/exit_code"' EXIT""",
         "set -u",
+        "leave() {",
+        '  outcome="$1"',
+        '  exit "$1"',
+        "}",
         *bash.exports(spec.env),
     ]
     for name in spec.secrets:
         # Secret Manager hands the value to this VM's own identity; it passes through no other machine.
         lines += [
-            f'{name}="$(gcloud secrets versions access latest --secret={name} --project={spec.project})" || exit 64',
+            f'{name}="$(gcloud secrets versions access latest --secret={name} --project={spec.project})" || '
+            f"leave {spec_lib.USER_ERROR}",
             f"export {name}",
         ]
     lines += ["", *bash.supervise(spec.retries), ""]
@@ -273,17 +282,13 @@ def _job(spec: spec_lib.JobSpec) -> str:
         command = f"{shlex.join([*docker, *names, spec.image])} {command}"
         lines.append(f"docker rm --force {unit} >/dev/null 2>&1")
     lines += [
-        'cd "$HOME" || exit 70',
+        f'cd "$HOME" || leave {spec_lib.CRASH}',
         f"supervise {command}",
         "code=$?",
+        '[[ $stopping -eq 1 ]] || outcome="$code"',
     ]
-    directory = f"$HOME/{_directory(spec)}"
     if bucket.of(spec.run_dir):
         target = shlex.quote(f"{spec.run_dir.rstrip('/')}/logs/")
         lines.append(f'gcloud storage cp "{directory}/log" {target}"$(hostname).log"')
-    lines += [
-        "# The end of the host is not the end of the job.",
-        f'if [[ $stopping -eq 1 ]]; then echo {_TAKEN}; else echo "$code"; fi >"{directory}/exit_code"',
-        'exit "$code"',
-    ]
+    lines.append('exit "$code"')
     return bash.script(*lines)

@@ -23,7 +23,7 @@ def test_the_next_ones_are_made_while_this_one_is_used():
     feed = Ahead(make, stop=5, ahead=2)
     assert feed(0) == 0
     # Nobody has asked for these.
-    assert made[1].wait(10) and made[2].wait(10)
+    assert made[1].wait(60) and made[2].wait(60)
     assert not made[3].is_set()
     assert [feed(step) for step in range(1, 5)] == [1, 2, 3, 4]
     # Nor will anybody ask for the one behind the last.

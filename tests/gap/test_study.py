@@ -332,6 +332,7 @@ def test_ctrl_c_stops_all_of_it_without_a_traceback(where, tmp_path):
     signal.signal(signal.SIGINT, before)
     process.stdout.readline()
     while not (tmp_path / "stopped" / "stages" / "started").exists():
+        assert process.poll() is None
         time.sleep(0.1)
     time.sleep(1)
     children = workers_of(process)

@@ -1,8 +1,10 @@
 """Local groups with real processes: tiny standard-library workers that exit, hang and checkpoint as told."""
 
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,8 +42,9 @@ while not all(os.path.exists(f"ready-{start}-{i}") for i in range(len(plan[0])))
     time.sleep(0.01)
 if todo == "signal":
     os.kill(os.getpid(), signal.SIGKILL)
-if isinstance(todo, str):
-    time.sleep(60)
+while isinstance(todo, str):
+    # In short naps: a signal that comes just before a long one is heard after it.
+    time.sleep(0.02)
 sys.exit(todo)
 """
 
@@ -83,6 +86,7 @@ def group(tmp_path, monkeypatch):
     [
         ([[0, 0, 0, 0]], 3, 0, 1),
         ([["wait", 64]], 3, 64, 1),
+        ([["wait", 2]], 3, 2, 1),
         ([["wait", 70], [0, 0]], 3, 0, 2),
         ([[71, "wait"]], 1, 71, 2),
         ([["wait", "signal"]], 0, 137, 1),
@@ -103,7 +107,7 @@ def test_the_first_to_fail_lets_the_others_checkpoint(group, tmp_path):
 def test_who_ignores_sigterm_is_killed_after_the_grace(group, capsys):
     began = time.monotonic()
     assert group([["hang", 64]], grace=1) == (64, 1)
-    assert 1 <= time.monotonic() - began < 8
+    assert 1 <= time.monotonic() - began < 50
     assert "SIGKILL" in capsys.readouterr().err
 
 
@@ -115,27 +119,45 @@ def test_log_lines_say_whose_they_are(group, tmp_path, capfd):
         assert line in (tmp_path / "log").read_text()
 
 
-def test_every_start_shares_one_port_and_takes_a_new_one(group, tmp_path):
+def test_every_start_shares_one_port_and_takes_a_new_one(group, tmp_path, monkeypatch):
+    ports = itertools.count(20000)  # by chance the second could be the first again
+    monkeypatch.setattr(runner, "free_port", lambda: next(ports))
     group([[70, 70], [0, 0]])
     first, second = [
         (tmp_path / f"start-{index}").read_text().splitlines() for index in (0, 1)
     ]
     assert first == second
-    assert len(set(first)) == 2
-    assert all(line.startswith("localhost:") for line in first)
+    assert first == ["localhost:20000", "localhost:20001"]
+
+
+def test_a_port_is_free_and_none_that_connections_are_given(monkeypatch):
+    with socket.create_server(("", 0)) as taken:
+        draws = iter([taken.getsockname()[1], 20000, 20001, 20002])
+        monkeypatch.setattr(runner.random, "randrange", lambda *_: next(draws))
+        assert 20000 <= runner.free_port() <= 20002
+    monkeypatch.undo()
+    assert all(runner.free_port() < 32768 for _ in range(20))
+
+
+def is_there(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return state.rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_children_of_a_dead_process_do_not_outlive_it(tmp_path):
     worker = (
         "import os, subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])\n"
+        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)'])\n"
         "open('child', 'w').write(str(child.pid))\n"
     )
     made = Group((sys.executable, "-S", "-c", worker), ({},), (), str(tmp_path), 0, 5)
     assert runner.supervise(made, tmp_path) == 0
-    stat = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
-    deadline = time.monotonic() + 5  # the kernel takes its time with a killed process
-    while stat.exists() and stat.read_text().split()[2] != "Z":
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 50  # the kernel takes its time with a killed process
+    while is_there(child):
         assert time.monotonic() < deadline, "the child lives on"
         time.sleep(0.02)
 
@@ -189,7 +211,7 @@ def _job(work, *flags):
 
 
 def _until(path):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not path.exists():
         assert time.monotonic() < deadline, f"{path.name} never came"
         time.sleep(0.02)
@@ -201,16 +223,16 @@ def test_preemption_of_four_processes_and_the_way_back(launch, tmp_path):
     for index in range(4):
         _until(tmp_path / f"ready-0-{index}")
     status = launch("status", "job")
-    assert "running under process" in status.communicate(timeout=10)[0]
+    assert "running under process" in status.communicate(timeout=120)[0]
     running.send_signal(signal.SIGTERM)
-    shown, _ = running.communicate(timeout=15)
+    shown, _ = running.communicate(timeout=120)
     assert running.returncode == 85, shown
     assert "again" not in shown
     assert all((tmp_path / f"saved-{index}").exists() for index in range(4))
     status = launch("status", "job")
-    assert "last exit code: 85" in status.communicate(timeout=10)[0]
+    assert "last exit code: 85" in status.communicate(timeout=120)[0]
     again = launch(*_job([["save"] * 4, [0] * 4]))
-    again.communicate(timeout=15)
+    again.communicate(timeout=120)
     assert again.returncode == 0
 
 
@@ -219,18 +241,18 @@ def test_stop_reaches_the_supervisor_and_names_are_not_shared(launch, tmp_path):
     _until(tmp_path / "ready-0-0")
     _until(tmp_path / "ready-0-1")
     second = launch(*_job([["save", "save"]]))
-    assert "runs here already" in second.communicate(timeout=10)[0]
+    assert "runs here already" in second.communicate(timeout=120)[0]
     assert second.returncode == 64
     stop = launch("stop", "job")
-    assert "SIGTERM sent" in stop.communicate(timeout=10)[0]
-    running.communicate(timeout=10)
+    assert "SIGTERM sent" in stop.communicate(timeout=120)[0]
+    running.communicate(timeout=120)
     assert running.returncode == 85
     assert (tmp_path / "saved-0").exists()
 
 
 def test_missing_secret_starts_nothing(launch, tmp_path):
     process = launch(*_job([[0]], "--secret", "NOT_SET_ANYWHERE"))
-    assert "NOT_SET_ANYWHERE is not set" in process.communicate(timeout=10)[0]
+    assert "NOT_SET_ANYWHERE is not set" in process.communicate(timeout=120)[0]
     assert process.returncode == 64
     assert not (tmp_path / "start-0").exists()
 
@@ -242,7 +264,7 @@ def test_virtual_devices_are_shared_out(launch):
         *("--accelerator", "cpu-8", "--processes", "2"),
         *("--env", "XLA_FLAGS=--xla_a=1", "--", sys.executable, "-S", "-c", show),
     )
-    shown, _ = process.communicate(timeout=10)
+    shown, _ = process.communicate(timeout=120)
     expected = "cpu --xla_a=1 --xla_force_host_platform_device_count=4"
     assert f"[0] {expected}" in shown
     assert f"[1] {expected}" in shown

@@ -66,12 +66,16 @@ def test_jobset_keeps_the_contract(name):
     assert policy["maxRestarts"] == spec.retries
     # Each exit code has a Job rule that ends the Job and a JobSet rule that knows its message.
     rules = {
-        rule["onJobFailureMessagePatterns"][0].split()[4]: rule["action"]
+        pattern.split()[4]: rule["action"]
         for rule in policy["rules"]
+        for pattern in rule["onJobFailureMessagePatterns"]
     }
-    assert rules == {"64": "FailJobSet", "85": "RestartJobSetAndIgnoreMaxRestarts"}
+    assert rules == {
+        **dict.fromkeys(("2", "64"), "FailJobSet"),
+        "85": "RestartJobSetAndIgnoreMaxRestarts",
+    }
     codes = [r["onExitCodes"]["values"] for r in job["podFailurePolicy"]["rules"]]
-    assert sorted(codes) == [[64], [85]]
+    assert sorted(codes) == [[2], [64], [85]]
     assert job["backoffLimit"] == 0
     assert pod["restartPolicy"] == "Never"  # podFailurePolicy demands it
     assert pod["terminationGracePeriodSeconds"] == spec.grace

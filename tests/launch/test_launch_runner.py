@@ -192,13 +192,24 @@ def test_secret_values_are_never_printed_or_written(
         assert value not in plan.show(work), name
 
 
-def test_a_secrets_value_among_the_arguments_is_refused(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((), ("--token=hf-very-secret-value",)),
+        (("--env", "A=hf-very-secret-value"), ()),
+        (("--setup", "login hf-very-secret-value"), ()),
+        (("--image", "https://hf-very-secret-value@registry/image"), ()),
+    ],
+)
+def test_a_secrets_value_in_what_is_written_is_refused(
+    monkeypatch, capsys, before, after
+):
     monkeypatch.setenv("HF_TOKEN", "hf-very-secret-value")
     code = main_lib.main(
         [
-            *("launch", "--dry-run", "--backend", "local", "--name", "job"),
-            *("--accelerator", "cpu-1", "--run-dir", "r", "--secret", "HF_TOKEN"),
-            *("--", "python", "--token=hf-very-secret-value"),
+            *("launch", "--dry-run", "--backend", "slurm", "--name", "job"),
+            *("--accelerator", "cpu-1", "--run-dir", "/r", "--secret", "HF_TOKEN"),
+            *(*before, "--", "python", *after),
         ]
     )
     assert code == 64

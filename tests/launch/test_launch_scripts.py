@@ -1,5 +1,6 @@
 """The shell text we write: shellcheck on all of it, and the two that decide about restarts really run."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -90,7 +91,7 @@ def _supervise(tmp_path, codes, retries, monkeypatch):
     )
     program.chmod(0o755)
     text = bash.script("set -u", *bash.supervise(retries), 'supervise "$@"')
-    result = subprocess.run(["bash", "-c", text, "bash", program], timeout=20)
+    result = subprocess.run(["bash", "-c", text, "bash", program], timeout=120)
     return result.returncode, len(count.read_text().splitlines())
 
 
@@ -99,6 +100,7 @@ def _supervise(tmp_path, codes, retries, monkeypatch):
     [
         ([0], 3, 0, 1),
         ([64], 3, 64, 1),
+        ([2], 3, 2, 1),
         ([70, 0], 3, 0, 2),
         ([70, 71, 134], 2, 134, 3),
         ([70], 0, 70, 1),
@@ -138,7 +140,7 @@ def test_supervise_passes_sigterm_on_and_waits_for_the_checkpoint(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "saving\n"
     process.send_signal(signal.SIGTERM)  # is for the shell, and must not end the save
-    rest, _ = process.communicate(timeout=10)
+    rest, _ = process.communicate(timeout=120)
     assert process.returncode == 85
     assert "starting again" not in rest
     assert (tmp_path / "saved").exists()
@@ -205,6 +207,56 @@ def test_a_tpu_vm_runs_the_program_in_the_mounted_bucket(tmp_path, monkeypatch):
     assert "--rename-dir-limit=0 my-bucket " in mounts[0]
 
 
+def _job_on_a_tpu_vm(tmp_path, gcloud, **fields):
+    """Runs job.sh with a stand-in for gcloud; `told()` is its exit_code file, which a watch waits for."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "gcloud").write_text(f"#!/bin/bash\n{gcloud}\n")
+    (tools / "gcloud").chmod(0o755)
+    (tmp_path / ".gvjax" / "job").mkdir(parents=True)
+    spec = spec_lib.JobSpec(
+        name="job",
+        backend="tpu-vm",
+        argv=("true",),
+        accelerator="v5e-16",
+        run_dir="/data/run",
+        shared_mounts=("/data",),
+        project="p",
+        zone="z",
+        setup=("true",),
+        secrets=("HF_TOKEN",),
+        **fields,
+    )
+    (tmp_path / "job.sh").write_text(
+        next(file.text for file in tpu_vm.render(spec).files if file.path == "job.sh")
+    )
+    environment = os.environ | {
+        "PATH": f"{tools}:/usr/bin:/bin",
+        "HOME": str(tmp_path),
+    }
+    process = subprocess.Popen(["bash", tmp_path / "job.sh"], env=environment)
+    return process, (tmp_path / ".gvjax" / "job" / "exit_code").read_text
+
+
+@pytest.mark.parametrize(("gcloud", "code"), [("exit 1", 64), ("echo value", 0)])
+def test_a_tpu_vm_says_how_the_job_ended_before_it_began_too(tmp_path, gcloud, code):
+    process, told = _job_on_a_tpu_vm(tmp_path, gcloud)
+    assert process.wait(timeout=120) == code
+    assert told() == f"{code}\n"
+
+
+def test_a_tpu_vm_told_to_go_before_the_job_began_has_not_done_it(tmp_path):
+    process, told = _job_on_a_tpu_vm(
+        tmp_path, f"touch {tmp_path}/called; until [[ -e {tmp_path}/told ]]; do :; done"
+    )
+    while not (tmp_path / "called").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    (tmp_path / "told").touch()
+    assert process.wait(timeout=120) != 0
+    assert told() == "TERMINATED\n"
+
+
 # ---- the Slurm script, with a stand-in for Slurm ----
 
 
@@ -234,10 +286,12 @@ def batch(tmp_path, monkeypatch):
     )
     (tmp_path / "run").mkdir()
     script = tmp_path / "job.sbatch"
-    script.write_text(slurm.script(spec))
 
-    def run(srun, state="RUNNING", term=False):
-        tool("srun", f"{'sleep 1;' * term} exit {srun}")
+    def run(srun, state="RUNNING", term=False, setup=()):
+        script.write_text(slurm.script(dataclasses.replace(spec, setup=setup)))
+        # Not before the shell was told.
+        wait = f"until [[ -e {tmp_path}/told ]]; do sleep 0.02; done; " * term
+        tool("srun", f"{wait}exit {srun}")
         tool("squeue", f"echo {state}")
         calls.unlink(missing_ok=True)
         environment = os.environ | {
@@ -249,8 +303,9 @@ def batch(tmp_path, monkeypatch):
             while not calls.exists():
                 time.sleep(0.02)
             process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=10)
-        return code, calls.read_text().splitlines()
+            (tmp_path / "told").touch()
+        code = process.wait(timeout=120)
+        return code, calls.read_text().splitlines() if calls.exists() else []
 
     return run
 
@@ -270,7 +325,7 @@ def test_slurm_counts_failures_over_requeues(batch):
     assert not any(call.startswith("scontrol") for call in calls)
 
 
-@pytest.mark.parametrize("code", [0, 64])
+@pytest.mark.parametrize("code", [0, 2, 64])
 def test_slurm_ends_for_good(batch, code):
     got, calls = batch(srun=code)
     assert got == code
@@ -283,6 +338,13 @@ def test_slurm_never_brings_a_cancelled_job_back(batch):
     assert not any(call.startswith("scontrol") for call in calls)
     code, calls = batch(srun=85, state="CANCELLED")  # only the tasks were
     assert not any(call.startswith("scontrol") for call in calls)
+
+
+def test_slurm_starts_nothing_after_a_setup_line_that_failed(batch):
+    assert batch(srun=0, setup=("true", "false", "true")) == (64, [])
+    # What one exports the next ones read, and srun hands on.
+    code, calls = batch(srun=0, setup=("export A=1", "[[ $A == 1 ]]", "false || true"))
+    assert code == 0 and len(calls) == 1
 
 
 def test_slurm_runs_the_program_as_one_task_per_node(batch):

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 ROOT = Path(__file__).parents[2]
 NODES = ("127.0.0.2", "127.0.0.3")
@@ -75,7 +76,7 @@ class Cluster:
             "PYTHONPATH": str(ROOT),
         }
 
-    def __call__(self, *words: str, timeout: float = 15) -> str:
+    def __call__(self, *words: str, timeout: float = 120) -> str:
         done = subprocess.run(
             words,
             env=self.environment,
@@ -105,18 +106,13 @@ class Cluster:
             time.sleep(0.1)
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     root = tmp_path_factory.mktemp("slurm")
-    host, ports = socket.gethostname(), _free_ports(3)
+    host, ports = socket.gethostname(), list[int]()
+    while len(ports) < 3:
+        if (port := free_port()) not in ports:
+            ports.append(port)
     for name in ("state", *(f"spool.{node}" for node in NODES)):
         (root / name).mkdir()
     (root / "slurm.conf").write_text(
@@ -148,20 +144,20 @@ def cluster(tmp_path_factory):
                     return False  # asking would take the client ten seconds
             return made("sinfo", "--noheader", "-o", "%n %t").count("idle") == 2
 
-        made.until(ready, "two idle nodes", 30)
+        made.until(ready, "two idle nodes", 120)
         yield made
     finally:
         # The steps of a job that is still there would outlive the daemons.
         subprocess.run(
             ["scancel", "--me", "--signal=KILL", "--full"],
             env=made.environment,
-            timeout=30,
+            timeout=120,
         )
         time.sleep(1)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
-            daemon.wait(timeout=15)
+            daemon.wait(timeout=120)
 
 
 BASE = """\
@@ -174,7 +170,8 @@ checkpoints: {every: 5}
 SETTINGS = {
     "sft": "settings: {recipe: sft, steps: 5, batch_size: 16}\n",
     "dpo": "pairs: {count: 32, heldout: 16}\nselect: last\nevaluation: {validation_prompts: 16}\n"
-    "settings: {recipe: dpo, steps: 60, batch_size: 16, evaluate_every: 60}\n",
+    # Enough that some are left when jax has heard of the signal.
+    "settings: {recipe: dpo, steps: 300, batch_size: 16, evaluate_every: 300}\n",
     "rloo": "evaluation: {validation_prompts: 16}\n"
     "settings: {recipe: policy_gradient, algorithm: rloo, steps: 60, prompts_per_step: 4,\n"
     "  samples_per_prompt: 4, evaluate_every: 60, rewards: {reward_model: 0, verifier: {path: gold}}}\n",
@@ -193,7 +190,7 @@ def sft(tmp_path_factory):
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=600,
     )
     return directory / "run"
 

@@ -1,5 +1,6 @@
 """The plan of a recipe against the recipe itself: what is planned must be what runs."""
 
+import dataclasses
 import pathlib
 import types
 
@@ -7,6 +8,7 @@ import jax
 import pytest
 
 from gvjax import config, sharding
+from gvjax.models import cost
 from gvjax.plan import fitting, programs, report, targets
 from gvjax.plan.compiling import Compiled
 from gvjax.recipes import checks, single
@@ -90,10 +92,42 @@ def test_adapters_are_planned_beside_one_frozen_policy(ground):
     stage = programs.stage_of("dpo", section, made, pairs=None, evaluated=4)
     policy = programs.bytes_per_device(made.policy_shapes())
     assert stage.held["reference"] == policy > stage.held["params"]
+    # Frozen weights have no gradient, and no update.
+    (step,) = [each for each in stage.programs if each.name == "train step"]
+    forward = programs.forward_flops(made, 8, group=2)
+    assert step.work.flops == 2 * forward
+    assert step.work.bytes < 3 * policy
+    plain = dataclasses.replace(made, lora=None)
+    stage_of_all = programs.stage_of("dpo", section, plain, pairs=None, evaluated=4)
+    (of_all,) = [p for p in stage_of_all.programs if p.name == "train step"]
+    assert of_all.work.flops == 3 * forward
+    assert of_all.work.bytes > 7 * policy
     for program in stage.programs:
         assert program.lower().as_text()
         if program.name in ("train step", "sample 4 x 1"):
             assert {"params", "reference"} <= set(program.arguments)
+
+
+def test_a_shared_prompt_is_run_once_where_the_program_does(ground):
+    def step(share, **changes):
+        section = config.PolicyGradientSection(
+            prompts_per_step=2, samples_per_prompt=4, **changes
+        )
+        made = dataclasses.replace(
+            ground, prompt_length=24, completion_length=8, share_prompts=share
+        )
+        stage = programs.stage_of("rloo", section, made, pairs=None, evaluated=0)
+        return {program.name: program.work.flops for program in stage.programs}
+
+    plain, shared = step(False), step(True)
+    grouped = 2 * cost.grouped_flops(ground.model, 24, 8, 4)
+    each = 8 * cost.forward_flops(ground.model, 32, scored=8)
+    assert shared["score 8 by 4"] == grouped and shared["train step"] == 3 * grouped
+    assert plain["score 8"] == each and plain["train step"] == 3 * each
+    # A micro-batch need not hold whole groups.
+    sliced = step(True, num_microbatches=2)
+    assert sliced["train step"] == plain["train step"]
+    assert sliced["reward scoring 8"] == plain["reward scoring 8"] < each
 
 
 def test_what_lies_beside_a_program(ground):

@@ -15,7 +15,6 @@ import os
 import pathlib
 import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,12 +23,6 @@ import traceback
 from typing import Any
 
 HERE = pathlib.Path(__file__)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 class Preloaded:
@@ -78,6 +71,8 @@ class Preloaded:
         self._server.stdin.flush()
         while "pid" not in (news := self._hear()):
             pass
+        # Numbers come round again: how an earlier one of this number ended is not how this one does.
+        self._codes.pop(news["pid"], None)
         return Process(self, news["pid"], self.directory / name)
 
     def group(
@@ -98,6 +93,9 @@ class Preloaded:
           env: more environment.
           started: how many of them start; all by default.
         """
+        # As a program, this file does not find what lies beside the tests.
+        from ports import free_port
+
         group = {
             "GVJAX_COORDINATOR": f"localhost:{free_port()}",
             "GVJAX_NUM_PROCESSES": str(count),
@@ -138,7 +136,7 @@ class Preloaded:
 
     def close(self) -> None:
         self._server.stdin.close()
-        self._server.wait(timeout=30)
+        self._server.wait(timeout=120)
         self._server.stdout.close()
 
 
@@ -167,6 +165,14 @@ class Process:
         deadline = time.monotonic() + timeout
         beats = self.place.with_suffix(".beats")
         while not beats.exists() or os.path.getsize(beats) < step:
+            gone = self._preloaded.code_of(self.pid, 0.01)
+            assert gone is None, f"ended with {gone}:\n{self.said()}"
+            assert time.monotonic() < deadline, self.said()
+
+    def said_within(self, text: str, timeout: float = 300) -> None:
+        """Waits until it has printed a text."""
+        deadline = time.monotonic() + timeout
+        while text not in self.said():
             gone = self._preloaded.code_of(self.pid, 0.01)
             assert gone is None, f"ended with {gone}:\n{self.said()}"
             assert time.monotonic() < deadline, self.said()
