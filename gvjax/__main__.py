@@ -8,12 +8,11 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from gvjax.usage import USER_ERROR, Parser
+from gvjax.usage import ExitCode, Parser
 
 _FUNCTIONS = {"import": "import_model"}
 """Functions of `commands` that cannot be called as their verb."""
 
-OK, FAILED, CRASHED, PREEMPTED, INTERRUPTED = 0, 1, 70, 85, 130
 
 _DESCRIPTION = """\
 gvjax takes one preference dataset down both roads of fine-tuning and says, with error bars, which road pays.
@@ -112,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What was imported stays: no later collection need look at it.
     gc.freeze()
     code = _done(commands, parsed)
-    if distributed.joined() and code not in (OK, PREEMPTED):
+    if distributed.joined() and code not in (ExitCode.DONE, ExitCode.PREEMPTED):
         # At once: the others may be waiting for this process in a collective.
         distributed.exit_with(code)
     return code
@@ -124,19 +123,19 @@ def _done(commands, parsed: argparse.Namespace) -> int:
         return getattr(commands, _FUNCTIONS.get(parsed.verb, parsed.verb))(parsed)
     except commands.REFUSED as error:
         print(f"gvjax {parsed.verb}: {error}", file=sys.stderr)
-        return USER_ERROR
+        return ExitCode.USER_ERROR
     except commands.EXPECTED as error:
         print(f"gvjax {parsed.verb}: {error}", file=sys.stderr)
-        return CRASHED
+        return ExitCode.CRASH
     except Exception:
         traceback.print_exc()
-        return CRASHED
+        return ExitCode.CRASH
     except KeyboardInterrupt:
         print(
             "\nstopped; the same command goes on from the last checkpoint",
             file=sys.stderr,
         )
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
 
 
 def _at_least(least: int) -> Callable[[str], int]:

@@ -35,6 +35,7 @@ from gvjax.recipes.loop import NonFiniteError, PreemptedError
 from gvjax.recipes.pairs import implicit_margins
 from gvjax.recipes.rows import role_rng
 from gvjax.tasks.task import Split
+from gvjax.usage import ExitCode
 
 EXPECTED = (
     BusyError,
@@ -66,7 +67,7 @@ def compare(arguments: argparse.Namespace) -> int:
         compare_roads(settings, console)
     except PreemptedError as preempted:
         console.print(str(preempted), highlight=False)
-        return distributed.ExitCode.PREEMPTED
+        return ExitCode.PREEMPTED
     return 0
 
 
@@ -80,7 +81,7 @@ def gap(arguments: argparse.Namespace) -> int:
         measure(settings, console)
     except (LabelsWanted, PreemptedError) as waiting:
         console.print(str(waiting), highlight=False)
-        return distributed.ExitCode.PREEMPTED
+        return ExitCode.PREEMPTED
     return 0
 
 
@@ -150,7 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         except PreemptedError as preempted:
             console.print(str(preempted), highlight=False)
-            return distributed.ExitCode.PREEMPTED
+            return ExitCode.PREEMPTED
     shown = {name: value for name, value in result.items() if name != "curve"}
     console.print("  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
     if shares := _shares(pathlib.Path(settings.run_dir)):

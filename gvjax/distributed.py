@@ -22,7 +22,6 @@ import atexit
 import collections
 import contextlib
 import dataclasses
-import enum
 import faulthandler
 import hashlib
 import itertools
@@ -47,17 +46,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gvjax.usage import ExitCode
+
 logger = logging.getLogger(__name__)
-
-
-class ExitCode(enum.IntEnum):
-    """What a process' end means; see the module."""
-
-    DONE = 0
-    USER_ERROR = 64
-    CRASH = 70
-    HANG = 71
-    PREEMPTED = 85
 
 
 SKYPILOT_PORT = 8476
@@ -643,7 +634,9 @@ def _crash(kind, error, trace) -> None:
     print(f"process {jax.process_index()} of {jax.process_count()}:", file=sys.stderr)
     traceback.print_exception(kind, error, trace)
     _flush()
-    os._exit(130 if issubclass(kind, KeyboardInterrupt) else ExitCode.CRASH)
+    os._exit(
+        ExitCode.INTERRUPTED if issubclass(kind, KeyboardInterrupt) else ExitCode.CRASH
+    )
 
 
 def _flush() -> None:

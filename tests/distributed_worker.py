@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gvjax import checkpoint, distributed, sharding
+from gvjax.usage import ExitCode
 
 RULES = [("w", P("fsdp"))]
 ROWS = 8
@@ -65,7 +66,7 @@ def main(act: str, directory: pathlib.Path) -> None:
     if act == "stale":
         result = {"restored": restored_with_an_old_listing(directory, me)}
         (directory / f"{me}.json").write_text(json.dumps(result))
-        distributed.exit_with(distributed.ExitCode.DONE)
+        distributed.exit_with(ExitCode.DONE)
 
     tensor = 4 if act == "tensor" else 1
     mesh = sharding.make_mesh(fsdp=2 if tensor == 1 else 1, tensor=tensor)
@@ -92,7 +93,7 @@ def main(act: str, directory: pathlib.Path) -> None:
         "processes": jax.process_count(),
     }
     (directory / f"{me}.json").write_text(json.dumps(result))
-    distributed.exit_with(distributed.ExitCode.DONE)
+    distributed.exit_with(ExitCode.DONE)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ports import free_port
 
 from gvjax import __main__ as entry
 from gvjax import distributed, sharding
+from gvjax.usage import ExitCode
 
 WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
 
@@ -129,14 +130,14 @@ def test_an_exception_in_one_ends_all_at_once(start):
     group = start("raise")
     group.wait_for_step(5)
     codes = group.codes(20)  # jax alone would take the heartbeat's 30
-    assert codes[1] == distributed.ExitCode.CRASH
+    assert codes[1] == ExitCode.CRASH
     assert codes[0] not in (0, 85)
     assert "KeyError: 'a bug in one process'" in group.errors()
 
 
 def assert_crashed(codes: list[int]) -> None:
     """All with the code, but one whom jax may abort first, because process 0 has gone."""
-    crash = distributed.ExitCode.CRASH
+    crash = ExitCode.CRASH
     assert crash in codes and set(codes) <= {crash, -signal.SIGABRT}
 
 
@@ -286,7 +287,7 @@ def test_alone_sigterm_is_a_notice(monkeypatch):
     finally:
         signal.signal(signal.SIGTERM, before)
     with pytest.raises(SystemExit) as left:
-        distributed.exit_with(distributed.ExitCode.PREEMPTED)
+        distributed.exit_with(ExitCode.PREEMPTED)
     assert left.value.code == 85
     distributed.assert_same_on_all_hosts("config", "value")
 
@@ -354,7 +355,7 @@ with Watchdog(floor_s=2, factor=1, first_s=2) as watchdog:
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
     )
-    assert run.returncode == distributed.ExitCode.HANG
+    assert run.returncode == ExitCode.HANG
     assert run.stdout == "alive\n"
     assert "since step 11" in run.stderr and "in stuck" in run.stderr
 

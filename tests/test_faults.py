@@ -16,7 +16,7 @@ from gvjax.checkpoint import Checkpoints
 from gvjax.digests import json_hash
 from gvjax.masked import Mean
 from gvjax.recipes import loop
-from gvjax.usage import USER_ERROR
+from gvjax.usage import ExitCode
 
 QUIET = config.LoggingSection(tensorboard=False, every=1, sample_every=0)
 
@@ -140,7 +140,7 @@ def test_a_run_directory_that_cannot_be_written_is_a_config_error(tmp_path, caps
     }
     path = tmp_path / "sft.yaml"
     path.write_text(yaml.safe_dump(fields))
-    assert command_line.main(["run", str(path)]) == USER_ERROR
+    assert command_line.main(["run", str(path)]) == ExitCode.USER_ERROR
     assert "cannot be written to" in capsys.readouterr().err
 
 

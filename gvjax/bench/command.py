@@ -13,9 +13,7 @@ from gvjax.bench import report, timing, works
 from gvjax.bench.footing import Footing
 from gvjax.bench.request import ROWS, Request, make_request
 from gvjax.models.shapes import SHAPES
-from gvjax.usage import Parser
-
-USER_ERROR = 64
+from gvjax.usage import ExitCode, Parser
 
 _DESCRIPTION = """\
 Times every part of the library on this machine, with random weights and random tokens, and says how far each is from
@@ -85,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
             )
     except ValueError as error:
         print(f"gvjax bench: {error}", file=sys.stderr)
-        return USER_ERROR
+        return ExitCode.USER_ERROR
     # A program found on disk would hide what compiling costs.
     jax.config.update("jax_enable_compilation_cache", False)
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -42,7 +42,7 @@ from gvjax.gap.simulation import (
 )
 from gvjax.gap.statistics import Estimate
 from gvjax.judges import agreement
-from gvjax.usage import USER_ERROR, Parser
+from gvjax.usage import ExitCode, Parser
 
 FALSE_ALARMS = 0.05
 POWER = 0.8
@@ -370,7 +370,7 @@ def main(argv: Sequence[str]) -> int:
             " a seed of 0 or more",
             file=sys.stderr,
         )
-        return USER_ERROR
+        return ExitCode.USER_ERROR
     console = Console(width=None if sys.stdout.isatty() else 160)
     return calibrate(
         console, studies=options.studies, seed=options.seed, directory=options.out

@@ -8,6 +8,7 @@ import jax
 
 from gvjax import config
 from gvjax.plan import compiling, fitting, report, targets
+from gvjax.usage import ExitCode
 
 
 def main(request: dict[str, Any]) -> int:
@@ -40,7 +41,7 @@ def main(request: dict[str, Any]) -> int:
         if not isinstance(error, (config.ConfigError, compiling.UnavailableError)):
             raise
         say(error=str(error))
-        return 64
+        return ExitCode.USER_ERROR
     return 0
 
 

@@ -18,9 +18,7 @@ from rich.console import Console
 import gvjax
 from gvjax import config
 from gvjax.plan import report, targets
-from gvjax.usage import Parser
-
-FITS, TOO_LARGE, CONFIG_ERROR, CRASHED = 0, 3, 64, 70
+from gvjax.usage import ExitCode, Parser
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -62,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         config.load(parsed.config, request["overrides"])
     except ValueError as error:
         print(f"gvjax plan: {error}", file=sys.stderr)
-        return CONFIG_ERROR
+        return ExitCode.USER_ERROR
     if not parsed.json:
         console.print(target.describe(), highlight=False)
     stages: list[dict[str, Any]] = []
@@ -80,16 +78,16 @@ def main(argv: Sequence[str]) -> int:
                     report.show(event["stage"], console)
             elif "error" in event:
                 print(f"gvjax plan: {event['error']}", file=sys.stderr)
-                return CONFIG_ERROR
+                return ExitCode.USER_ERROR
             else:
                 print(event["crash"], file=sys.stderr)
-                return CRASHED
+                return ExitCode.CRASH
     fits = all(stage["fits"] for stage in stages)
     if parsed.json:
         print(json.dumps(_json(parsed, target, stages), indent=1))
     else:
         console.print(report.verdict(stages, parsed.on), highlight=False)
-    return FITS if fits else TOO_LARGE
+    return ExitCode.DONE if fits else ExitCode.DOES_NOT_FIT
 
 
 def events(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -119,7 +117,7 @@ def events(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         finally:
             if process.poll() is None and sys.exc_info()[0] is not None:
                 process.terminate()
-        if process.wait() not in (FITS, CONFIG_ERROR):
+        if process.wait() not in (ExitCode.DONE, ExitCode.USER_ERROR):
             noise.seek(0)
             said = "".join(noise.readlines()[-30:])
             yield {

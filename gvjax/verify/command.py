@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from gvjax.usage import USER_ERROR, Parser
+from gvjax.usage import ExitCode, Parser
 from gvjax.verify import estimators, own_loss, signs, theory
 from gvjax.verify.check import Check, Row
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
         work = _work(options)
     except ValueError as error:
         print(f"gvjax verify: {error}", file=sys.stderr)
-        return USER_ERROR
+        return ExitCode.USER_ERROR
     if options.list:
         print("\n".join(name for name, _ in work))
         return 0
@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if options.json:
         _write(options.json, options.seed, rows)
-    return 1 if failed else 0
+    return ExitCode.CHECK_FAILED if failed else ExitCode.DONE
 
 
 def _work(options: argparse.Namespace) -> list[tuple[str, Callable[[], Row]]]:

@@ -17,6 +17,7 @@ import jax
 import pytest
 
 from gvjax.plan import command, compiling
+from gvjax.usage import ExitCode
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = "tests/plan/tiny.yaml"
@@ -97,7 +98,7 @@ def planned_study(target):
     only = (("--only", name) for name in ("sft", "DPO", "online DPO"))
     words = [word for pair in only for word in pair]
     code, plan = planned("--on", target, "--no-search", *words, config=STUDY)
-    assert code == command.FITS
+    assert code == ExitCode.DONE
     return plan
 
 
@@ -125,7 +126,7 @@ def test_no_program_of_a_study_asks_the_host_or_holds_all_logits(study, stage, p
 @pytest.fixture(scope="module")
 def tpu():
     code, plan = planned("--on", "v5e-4")
-    assert code == command.FITS
+    assert code == ExitCode.DONE
     return plan
 
 
@@ -191,7 +192,7 @@ def test_what_does_not_fit_is_told_by_the_exit_code(tmp_path):
         "settings: {recipe: sft, batch_size: 1}\n"
     )
     code, plan = planned("--on", "v5e-1", "--no-search", config=config)
-    assert code == command.TOO_LARGE
+    assert code == ExitCode.DOES_NOT_FIT
     step = programs_of(plan)["train step"]
     assert step["refused"]
     assert step["peak"] > plan["stages"][0]["usable"]
@@ -214,13 +215,13 @@ def long_rows(tmp_path):
 @pytest.mark.exhaustive
 def test_the_largest_batch_fits_and_one_row_more_does_not(long_rows):
     code, plan = planned("--on", "v5e-1", "--max-batch", config=long_rows)
-    assert code == command.FITS
+    assert code == ExitCode.DONE
     field, rows = plan["stages"][0]["largest_batch"]
     assert field == "batch_size"
     assert 8 < rows < 16
     more = f"settings.batch_size={rows + 1}"
     code, _ = planned("--on", "v5e-1", "--no-search", more, config=long_rows)
-    assert code == command.TOO_LARGE
+    assert code == ExitCode.DOES_NOT_FIT
 
 
 @needs_tpu
@@ -228,7 +229,7 @@ def test_the_largest_batch_fits_and_one_row_more_does_not(long_rows):
 def test_the_whole_pipeline_needs_about_what_the_quick_one_says(tpu):
     """Less, for steps and samples; `start`, which draws a tiny model's parameters, needs 8% more."""
     code, plan = planned("--on", "v5e-4", "--full")
-    assert (code, plan["pipeline"], tpu["pipeline"]) == (command.FITS, "full", "O0")
+    assert (code, plan["pipeline"], tpu["pipeline"]) == (ExitCode.DONE, "full", "O0")
     quick, full = programs_of(tpu), programs_of(plan)
     assert full.keys() == quick.keys()
     for name, row in full.items():
@@ -269,7 +270,7 @@ def test_slices_are_joined_over_data():
 @pytest.mark.slow
 def test_on_gpus_attention_is_cudnn_and_no_logits_are_gathered():
     code, plan = planned("--on", "4xh100")
-    assert code == command.FITS
+    assert code == ExitCode.DONE
     no_logits_are_gathered(plan)
     kernels = programs_of(plan)["train step"]["kernels"]
     assert any(name.startswith("__cudnn$fmha") for name in kernels), kernels
@@ -297,7 +298,7 @@ def test_without_the_compiler_the_extra_is_named():
         text=True,
         timeout=120,
     )
-    assert done.returncode == command.CONFIG_ERROR
+    assert done.returncode == ExitCode.USER_ERROR
     assert "pip install 'gvjax[plan]'" in done.stderr
 
 
@@ -310,5 +311,5 @@ def test_without_the_cuda_plugin_the_extra_is_named():
         text=True,
         timeout=120,
     )
-    assert done.returncode == command.CONFIG_ERROR
+    assert done.returncode == ExitCode.USER_ERROR
     assert "pip install 'gvjax[plan-gpu]'" in done.stderr

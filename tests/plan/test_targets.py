@@ -3,6 +3,7 @@
 import pytest
 
 from gvjax.plan import command, targets
+from gvjax.usage import ExitCode
 from launch import hw
 
 
@@ -77,7 +78,7 @@ RUN = "configs/tour/sft.yaml"
 )
 def test_bad_input_is_refused_before_anything_starts(words, said, capsys, monkeypatch):
     monkeypatch.setattr(command, "events", lambda request: pytest.fail("started"))
-    assert command.main([RUN, *words]) == command.CONFIG_ERROR
+    assert command.main([RUN, *words]) == ExitCode.USER_ERROR
     assert said in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from toy_runs import numbers_of
 
-from gvjax import distributed
+from gvjax.usage import ExitCode
 
 TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 FOUR_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
@@ -154,7 +154,7 @@ def test_a_stuck_loader_ends_all_within_the_configured_time(preloaded, pair):
     act = [("stuck_data", 4)]
     group = preloaded.group(2, *command, act=act, on=1, env=TWO_DEVICES)
     group[1].reached(2)
-    ended, hang = codes(group, 200), distributed.ExitCode.HANG
+    ended, hang = codes(group, 200), ExitCode.HANG
     # One that still waits when process 0 has gone is aborted by jax.
     assert hang in ended and set(ended) <= {hang, -signal.SIGABRT}, said(group)
     # The limit is ten median steps, should this machine be so busy that they take longer than the two seconds.
