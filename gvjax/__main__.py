@@ -39,6 +39,8 @@ _SAMPLE_EXAMPLE = """\
   gvjax sample runs/tour/rloo -t 0           the likeliest ones
 """
 
+_SEED_HELP = "of the draws; the test rows of a dataset are the same for every seed"
+
 _EVAL_EXAMPLE = """\
   gvjax eval runs/tour/rloo --prompts 2000   narrower intervals
   gvjax eval runs/tour/reward                how well it predicts labels
@@ -243,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
         default=1.0,
         help="0 takes the likeliest",
     )
-    sample.add_argument("--seed", type=_seed, default=0, help="of the draws")
+    sample.add_argument("--seed", type=_seed, default=0, help=_SEED_HELP)
     evaluate = verb(
         "eval",
         "judge a policy or reward model that `run` made",
@@ -255,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--prompts", type=_prompts, default=600, help="how many prompts"
     )
-    evaluate.add_argument("--seed", type=_seed, default=0, help="of the draws")
+    evaluate.add_argument("--seed", type=_seed, default=0, help=_SEED_HELP)
     export = verb(
         "export",
         "write what `run` made as a directory of transformers",

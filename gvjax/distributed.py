@@ -36,6 +36,7 @@ import signal
 import socket
 import statistics
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -95,7 +96,6 @@ def initialize(
     With several processes an uncaught exception ends this one at once with code 70, so that the others do not wait for
     it at a barrier; and every process holds a socket to process 0, whose end ends the others too, with code 70: a
     collective may wait for a dead peer until the heartbeat's timeout and beyond. Alone, SIGTERM is made a preemption notice as well (a second one kills).
-    SIGTSTP (from Ctrl-Z, or a batch system that suspends) stops the process as ever, and its watchdogs' clocks.
 
     Args:
       coordinator: "host:port" of process 0.
@@ -113,8 +113,6 @@ def initialize(
     if jax.distributed.is_initialized():
         return
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
-        signal.signal(signal.SIGTSTP, _on_sigtstp)
     cluster, source = _resolve(
         _Cluster(coordinator, num_processes, process_id), os.environ
     )
@@ -296,8 +294,8 @@ class Watchdog:
 
     What is stuck and lets no other thread run (a regular expression that backtracks, a C extension) is ended by
     faulthandler after twice the limit, with the stacks and code 1. Its clock, of which a process has one, runs on while
-    the process is stopped by SIGSTOP out of the blue; with SIGTSTP first, as from Ctrl-Z, it does not, after
-    `initialize`. Use as a context manager around the loop:
+    the process is stopped by SIGSTOP out of the blue; with SIGTSTP first, as from Ctrl-Z, it does not, where the watchdog
+    was entered in the main thread. A Python whose locks wait by the wall clock does without. Use as a context manager around the loop:
 
         with Watchdog() as watchdog:
             for step in ...:
@@ -338,6 +336,7 @@ class Watchdog:
             target=self._watch, name="watchdog", daemon=True
         )
         self._thread.start()
+        _heed_suspension()
         self._look(self._last)
         return self
 
@@ -418,7 +417,9 @@ def _arm_backstop() -> None:
     # Threads may each have a watchdog; the process has one such clock.
     left = min(_left.values(), default=math.inf)
     faulthandler.cancel_dump_traceback_later()
-    if left < threading.TIMEOUT_MAX:
+    # Built for an older C library, Python waits by the wall clock, which jumps when a machine was suspended.
+    monotonic = sysconfig.get_config_var("HAVE_SEM_CLOCKWAIT")
+    if monotonic and left < threading.TIMEOUT_MAX:
         # What is late already, its own watchdog ends.
         faulthandler.dump_traceback_later(max(left, 1.0), exit=True, file=2)
 
@@ -504,10 +505,20 @@ def _integer(environment: Mapping[str, str], name: str) -> int | None:
         raise ValueError(f"{name}={value!r} must be an integer") from None
 
 
+def _heed_suspension() -> None:
+    """Has SIGTSTP, of Ctrl-Z or of a batch system that suspends, stop the backstop's clock with the process."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+        signal.signal(signal.SIGTSTP, _on_sigtstp)
+
+
 def _on_sigtstp(number, frame) -> None:
-    # Its clock would run on; the watchdogs set it again when the process does.
+    # The watchdogs set it again when the process goes on.
     faulthandler.cancel_dump_traceback_later()
-    os.kill(os.getpid(), signal.SIGSTOP)
+    # The kernel decides whether to stop: a group that nobody could bring back goes on.
+    signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGTSTP)
+    signal.signal(signal.SIGTSTP, _on_sigtstp)
 
 
 def _on_sigterm(number, frame) -> None:

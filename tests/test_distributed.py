@@ -329,11 +329,12 @@ def test_the_watchdog_limit_follows_the_median_and_leaves_out_pauses(monkeypatch
         distributed.Watchdog(factor=0)
 
 
-def test_the_watchdog_lets_beats_pauses_and_stops_live_and_ends_silence():
-    script = """
+@pytest.mark.parametrize("first", ["", "initialize()"])
+def test_the_watchdog_lets_beats_pauses_and_stops_live_and_ends_silence(first):
+    script = f"""
 import os, signal, subprocess, sys, time
 from gvjax.distributed import Watchdog, initialize
-initialize()
+{first}
 with Watchdog(floor_s=2, factor=1, first_s=2) as watchdog:
     for number in range(10):
         time.sleep(0.1)
@@ -342,20 +343,26 @@ with Watchdog(floor_s=2, factor=1, first_s=2) as watchdog:
         time.sleep(2.5)
     watchdog.beat(10)
     # Stopped as a whole, as by Ctrl-Z, it was not stuck: for longer than twice the limit.
-    subprocess.Popen(["sh", "-c", f"sleep 5; kill -CONT {os.getpid()}"])
+    begun = time.monotonic()
+    subprocess.Popen(["sh", "-c", "sleep 5; kill -CONT " + str(os.getpid())])
     os.kill(os.getpid(), signal.SIGTSTP)
     time.sleep(0.4)
     watchdog.beat(11)
-    print("alive", flush=True)
+    print("alive" if time.monotonic() - begun > 4 else "it was not stopped", flush=True)
     def stuck():
         while True:
             time.sleep(0.01)
     stuck()
 """
+    # A group of its own, of which this process is the parent: others cannot be brought back, and do not stop.
     run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        process_group=0,
     )
-    assert run.returncode == ExitCode.HANG
+    assert run.returncode == ExitCode.HANG, run.stderr
     assert run.stdout == "alive\n"
     assert "since step 11" in run.stderr and "in stuck" in run.stderr
 
@@ -366,7 +373,7 @@ import re
 from gvjax.distributed import Watchdog
 with Watchdog(floor_s=0.5, factor=1, first_s=0.5) as watchdog:
     with watchdog.paused():
-        re.match(r"(a+)+$", "a" * 24 + "b")
+        re.match(r"(a+)+$", "a" * 26 + "b")
     print("alive", flush=True)
     def stuck():
         re.match(r"(a+)+$", "a" * 60 + "b")
@@ -378,6 +385,25 @@ with Watchdog(floor_s=0.5, factor=1, first_s=0.5) as watchdog:
     assert run.returncode == 1
     assert run.stdout == "alive\n"
     assert "in stuck" in run.stderr
+
+
+def test_where_nobody_could_bring_it_back_ctrl_z_does_not_stop_it():
+    script = """
+import os, signal, time
+from gvjax.distributed import Watchdog
+with Watchdog():
+    os.kill(os.getpid(), signal.SIGTSTP)
+    time.sleep(0.1)
+    print("alive", flush=True)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        start_new_session=True,
+    )
+    assert (run.returncode, run.stdout) == (0, "alive\n")
 
 
 def test_a_closed_watchdog_leaves_no_clock_behind(monkeypatch):

@@ -238,7 +238,8 @@ class LlmJudgeSection(Section):
       base_url: up to and without `/chat/completions`.
       model: as the endpoint names it.
       key_variable: name of the environment variable that holds the key; null sends none.
-      options: further fields of each request; models that reason may want other names and values.
+      options: further fields of each request, over {temperature: 0, max_tokens: 256}, of which null takes one away; models
+        that reason may want other names and values.
       calls: requests that may be sent in all, retries and earlier starts included.
       timeout: seconds without a word before a request is given up.
       max_failure_share: more requests than this without a usable answer stop the judging.
@@ -248,9 +249,7 @@ class LlmJudgeSection(Section):
     base_url: str
     model: str
     key_variable: str | None = None
-    options: dict[str, Scalar] = Field(
-        default_factory=lambda: dict[str, Scalar](temperature=0, max_tokens=256)
-    )
+    options: dict[str, Any] = Field(default_factory=dict)
     calls: Count = 20_000
     timeout: Positive = 60.0
     max_failure_share: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -287,7 +286,8 @@ class GapConfig(Section):
       controls: tasks on which the gap should be closed.
       sizes: changes of `model`, each a network of another size that is measured twice: as the verifier of the policy's
         samples, and as the policy whose samples the verifier chooses among.
-      judge: who compares completions of the pilot's policies with those of the SFT policy.
+      judge: who compares completions of the pilot's policies with those of the SFT policy. Only with the gold judge is the
+        lead at equal KL known, without which no pilot says that RL pays.
       judged_prompts: test prompts on which that is done; null takes all.
       margins: see MarginsSection.
       workers, seeds_together, mesh, logging, timeouts: as for `gvjax compare`.

@@ -201,7 +201,11 @@ def is_answer(answer: str) -> bool:
         known = json.loads(answer)
     except ValueError:
         return False
-    return isinstance(known, dict) and known.get("task") in VERIFIERS
+    task = known.get("task") if isinstance(known, dict) else None
+    if not isinstance(task, str) or task not in VERIFIERS:
+        return False
+    _, needed = VERIFIERS[task]
+    return all(name in known for name in needed)
 
 
 def is_right(completion: str, answer: str) -> bool:

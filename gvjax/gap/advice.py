@@ -81,8 +81,8 @@ class Tier1:
       turn: winrate by the reward model at the largest n minus that at the n chosen; below 0 where more choosing makes
         it worse.
       slope: nats per pair and doubling of the data, of A(N) at all the data.
-      data_multiplier_identified: whether both learning curves run to the same asymptote, so that more data can do what the
-        reward model does; None where not fitted.
+      data_multiplier_identified: whether both learning curves fall, and not to asymptotes that are shown to differ, so that
+        more data may do what the reward model does; None where not fitted.
       peak_distance: nats per completion, mean log-probability under the SFT policy of the gold-best of M samples minus
         that of all.
       length_share: in [0, 1], share of the gold reward's variance that length explains.
@@ -114,11 +114,13 @@ class Tier2:
       seeds: of the RL arm.
       difference: D, as trained.
       matched_kl: D at equal KL to the SFT policy.
+      unmatched: why there is no such number, or ''.
     """
 
     seeds: int
     difference: Bounds | None = None
     matched_kl: Bounds | None = None
+    unmatched: str = ""
 
 
 _Tier = TypeVar("_Tier", Tier1, Tier2)
@@ -296,15 +298,18 @@ def _rules(
     one: Tier1, two: Tier2, margins: Margins, *, pilot: bool
 ) -> tuple[_Rule, ...]:
     m, nats = margins.winrate, margins.nats
+    names = dict(_NAMES)
+    if two.matched_kl is None and two.unmatched:
+        names["matched_kl"] += f" ({two.unmatched})"
 
     def low(name: str, bounds: Bounds | None, least: float, *, strictly=False):
-        return low_end(_NAMES[name], bounds, least, strictly)
+        return low_end(names[name], bounds, least, strictly)
 
     def high(name: str, bounds: Bounds | None, most: float):
-        return high_end(_NAMES[name], bounds, most)
+        return high_end(names[name], bounds, most)
 
     def point(name: str, bounds: Bounds | None, least: float, *, strictly=False):
-        return estimate(_NAMES[name], bounds, least, strictly)
+        return estimate(names[name], bounds, least, strictly)
 
     observed = (
         _Rule(

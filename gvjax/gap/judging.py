@@ -17,7 +17,7 @@ from gvjax.gap.measurement import GapPlan, MeasuredScene
 from gvjax.gap.results import TaskResult
 from gvjax.gap.stages import Store
 from gvjax.judges import agreement, human
-from gvjax.judges.endpoint import Budget, Endpoint
+from gvjax.judges.endpoint import OPTIONS, Budget, Endpoint
 from gvjax.judges.llm import Comparison, LlmJudge
 from gvjax.recipes import best_of_n, loop, single
 from gvjax.recipes.evaluation import evaluate_policy
@@ -234,7 +234,11 @@ def _llm(settings: config.GapConfig, section: config.LlmJudgeSection) -> LlmJudg
                 section.base_url,
                 section.model,
                 key_variable=section.key_variable,
-                options=section.options,
+                options={
+                    name: value
+                    for name, value in {**OPTIONS, **section.options}.items()
+                    if value is not None
+                },
                 timeout=section.timeout,
             ),
             cache=cache,
@@ -289,6 +293,8 @@ def _by_people(
         )
     try:
         labels = human.import_labels(sheet, key, pairs, seed=settings.seeds[0])
+    except human.OtherPairsError as error:
+        raise config.ConfigError(f"judge: {error}") from None
     except (OSError, ValueError) as error:
         raise LabelsWanted(str(error)) from None
     shown_first = np.where(labels.a_was_first, labels.scores, 1 - labels.scores)

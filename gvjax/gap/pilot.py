@@ -12,6 +12,10 @@ from gvjax.gap.numbers import DIFFERENCE, FLATTERED, MATCHED, Numbers
 from gvjax.gap.results import BEST_OFFLINE, ArmResult, SeedResult, TaskResult
 from gvjax.gap.statistics import Prompts
 
+ENOUGH = 0.5
+"""The share of prompts that must have been judged in every seed, where seeds share them: what is left is a choice of prompts
+too, by how hard they are to judge."""
+
 
 def add_pilot(
     settings: config.GapConfig,
@@ -44,7 +48,10 @@ def add_pilot(
     def add(name, a, b, *, unit="winrate"):
         prompts = task.prompts
         rows, reason = _answered([x - y for x, y in zip(a, b)], prompts)
-        numbers.add_rows("Q6", name, unit, rows, prompts, margin, reason)
+        if rows:
+            numbers.add_rows("Q6", name, unit, rows, prompts, margin, reason)
+        else:
+            numbers.add_seeds("Q6", name, unit, [None] * len(a), margin, reason)
 
     add(DIFFERENCE, wins(pilot.online), offline)
     _matched(settings, online, best, judged, offline, numbers)
@@ -91,7 +98,8 @@ def _answered(
 ) -> tuple[list[np.ndarray], str]:
     """The values that are no NaN, and a word on what is left where that matters.
 
-    Where seeds share their prompts a column is one prompt, so one that lacks an answer in any seed is left out of all.
+    Where seeds share their prompts a column is one prompt, so one that lacks an answer in any seed is left out of all;
+    nothing is left where that leaves too few.
     """
     answered = [np.isfinite(row) for row in rows]
     if prompts == "nested":
@@ -100,6 +108,8 @@ def _answered(
     reason = ""
     if not everywhere.all():
         reason = f"on the {everywhere.sum()} of {everywhere.size} prompts that were judged in every seed"
+    if everywhere.mean() < ENOUGH:
+        return [], f"only {reason.removeprefix('on the ')}"
     return [row[everywhere] for row in rows], reason
 
 

@@ -167,7 +167,10 @@ def _advice(
     warnings: tuple[str, ...] = ()
     if judged is not None:
         two = Tier2(
-            seeds, difference=bounds.get(DIFFERENCE), matched_kl=bounds.get(MATCHED)
+            seeds,
+            difference=bounds.get(DIFFERENCE),
+            matched_kl=bounds.get(MATCHED),
+            unmatched=made[MATCHED].reason if MATCHED in made else "",
         )
         warnings = judged.finding.warnings
     margins = settings.margins

@@ -445,13 +445,11 @@ def _share(
     n, z = float(hits.size), _quantile(level, clusters)
     share = float(hits.mean())
     if clusters is not None:
-        # Where all agree there is no spread to look at: each cluster counts as one row.
         error = float(_error(hits.astype(np.float64) - share, clusters))
-        n = (
-            min(n, share * (1 - share) / error**2)
-            if 0 < share < 1
-            else float(clusters.max() + 1)
-        )
+        # Where clusters do not differ there is no spread to look at: each counts as one row.
+        alike = error < 1e-12
+        count = float(clusters.max() + 1)
+        n = count if alike else min(n, share * (1 - share) / error**2)
     centre = share + z**2 / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n

@@ -18,12 +18,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _REFUSED = frozenset({400, 413, 422})
 _RESERVED = frozenset({"messages", "model", "n", "stream", "stream_options"})
 _LONGEST_RESPONSE = 16 * 2**20
+OPTIONS: Mapping[str, Any] = MappingProxyType({"temperature": 0, "max_tokens": 256})
+"""What a request asks for besides the answer, unless told otherwise."""
+
 _SHORTEST_SECRET = 8
 """Shorter keys are what local servers are given for form's sake, and may be words of an honest answer."""
 
@@ -56,9 +60,7 @@ class Endpoint:
     base_url: str
     model: str
     key_variable: str | None = None
-    options: Mapping[str, Any] = dataclasses.field(
-        default_factory=lambda: {"temperature": 0, "max_tokens": 256}
-    )
+    options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: OPTIONS)
     timeout: float = 60.0
     attempts: int = 6
     backoff: float = 1.0

@@ -26,6 +26,10 @@ _LONGEST_FIELD = 2**27
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
+class OtherPairsError(ValueError):
+    """A sheet is of other pairs than those it is read for; filling it in again changes nothing."""
+
+
 @dataclasses.dataclass(frozen=True)
 class HumanLabels:
     """Labels of one sheet, in the order of the pairs exported.
@@ -115,14 +119,15 @@ def import_labels(
       HumanLabels.
 
     Raises:
-      ValueError: the key is not one of these pairs, a column is missing, an id is unknown or occurs twice, a label is no label, or a row has none; the
+      OtherPairsError: the key is not one of these pairs.
+      ValueError: a column is missing, an id is unknown or occurs twice, a label is no label, or a row has none; the
         message names the rows.
     """
     sheet, key = pathlib.Path(sheet), pathlib.Path(key)
     entries = _read_key(key)
     asked = [_row_id(seed, index, pair) for index, pair in enumerate(pairs)]
     if asked != sorted(entries, key=lambda name: entries[name][0]):
-        raise ValueError(
+        raise OtherPairsError(
             f"{sheet} is of other pairs than these {len(asked)}: its {len(entries)} labels say nothing of them; move it and"
             f" {key} away, and label a new sheet"
         )

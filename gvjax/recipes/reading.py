@@ -158,7 +158,7 @@ def _read(section: config.DatasetSection) -> Dataset:
                 " with"
             )
         is_answer = _ANSWERS[section.gold].is_answer
-        if other := [each for each in found if each and not is_answer(each)]:
+        if other := [each for each in found if not is_answer(str(each))]:
             raise ValueError(
                 f"gold is {section.gold}, but the answers of {len(other)} of {len(used)} rows of {section.rows.source} are"
                 f" no {section.gold}, e.g. {other[0][:80]!r}: no completion could be right there; leave these rows out, or"

@@ -497,6 +497,15 @@ def test_what_it_is_not_evidence_of():
     assert len(advise(None, WON).not_evidence_of) == 6
 
 
+def test_why_a_pilot_cannot_say_that_rl_pays_is_told():
+    tier2 = Tier2(8, Bounds(0.2, 0.19, 0.21), unmatched="the judge is not gold")
+    advice = advise(tier2=tier2)
+    assert advice.verdict == "inconclusive"
+    assert any(
+        "(the judge is not gold): not measured" in t for t in advice.would_change
+    )
+
+
 def test_simultaneous_bounds():
     estimates = {
         "a": statistics.Estimate(0.1, 0.02, 30.0, "t"),

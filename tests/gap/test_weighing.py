@@ -130,6 +130,11 @@ def test_seeds_that_share_their_prompts_are_crossed_on_those_judged_in_all():
     assert made[DIFFERENCE].check == statistics.pigeonhole_interval(
         expected, prompts="crossed"
     )
+    # Where few were judged in all seeds there is no number, and no crash.
+    rows = [("RLOO", 5 + i % 5, i) for i in range(100)]
+    lead = pilot_numbers("llm", "crossed", rows)[0][DIFFERENCE]
+    assert lead.estimate is None and set(lead.values.values()) == {None}
+    assert lead.reason == "only 20 of 120 prompts that were judged in every seed"
     # Prompts of their own: each seed keeps all that it has.
     lead = pilot_numbers("llm", "nested", [("RLOO", 5, 0)])[0][DIFFERENCE]
     assert [row.size for row in lead.rows] == [119, 120, 120, 120, 120]

@@ -284,6 +284,14 @@ def test_rows_of_one_cluster_count_together():
         label_agreement(judge, labels, clusters=[1, 2])
 
 
+def test_clusters_that_do_not_differ_count_as_one_row_each():
+    judge, labels, prompts = [1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]
+    found = label_agreement(judge, labels, clusters=prompts).agreement
+    assert found.value == 0.5 and found.low < 0.1 and found.high > 0.9
+    itself = self_consistency(judge, labels, clusters=prompts)
+    assert itself.agreement.value == 0.5 and itself.agreement.low < 0.1
+
+
 def test_coverage_of_clusters():
     """Five arms share what is hard about a prompt: their rows overlap, and the intervals still cover."""
     rng = np.random.default_rng(0)

@@ -6,7 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from gvjax.judges.human import COLUMNS, export_pairs, import_labels
+from gvjax.judges.human import (
+    COLUMNS,
+    OtherPairsError,
+    export_pairs,
+    import_labels,
+)
 
 PAIRS = [(f"prompt {i}", f"good {i}", f"bad {i}") for i in range(41)]
 
@@ -210,7 +215,7 @@ def test_parts_of_a_sheet(sheet):
 def test_labels_of_other_pairs_are_refused_however_many(sheet, pairs, seed):
     path, key = sheet
     write(path, filled(path, prefers_good))
-    with pytest.raises(ValueError, match=r"other pairs.*41 labels say nothing"):
+    with pytest.raises(OtherPairsError, match=r"other pairs.*41 labels say nothing"):
         import_labels(path, key, pairs, seed=seed)
 
 

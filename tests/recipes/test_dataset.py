@@ -258,17 +258,23 @@ def test_a_prompt_is_the_same_in_another_case_and_spacing(write, place, caplog):
     ("gold", "answers", "shown"),
     [
         ("number", ["7", "blue"], "1 of 6 rows .* are no number, e.g. 'blue'"),
+        ("number", ["7", ""], "1 of 6 rows .* are no number, e.g. ''"),
         (
             "puzzle",
             ["7", '{"task": "chess"}'],
             "2 of 6 rows .* are no puzzle, e.g. '7'",
+        ),
+        (
+            "puzzle",
+            ['{"task": ["gcd"]}', '{"task": "gcd"}', ""],
+            "3 of 7 rows .* are no puzzle",
         ),
     ],
 )
 def test_an_answer_that_nothing_can_equal_is_refused(
     gold, answers, shown, write, place
 ):
-    folder = place / f"answers_{gold}"
+    folder = place / f"answers_{gold}_{len(shown)}"
     folder.mkdir()
     known = json.dumps({"task": "gcd", "answer": "3"})
     good = "3" if gold == "number" else known
