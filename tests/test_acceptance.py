@@ -224,8 +224,14 @@ def test_the_table_of_measurements_read_again_says_what_their_rows_do(path):
     findings = measured(name)
     verdict, made = read_again(findings)
     cells = [cell(made[q], 3) for q in (DIFFERENCE, MATCHED)]
-    row = f"| `{name}` | {verdict} | {' | '.join(cells)} |"
-    assert row in (RESULTS / "README.md").read_text(encoding="utf-8")
+    if name.startswith("gap_again"):
+        # Run under the rule of now: there is no other reading.
+        assert verdict == findings.advice.verdict
+        for question in (DIFFERENCE, MATCHED):
+            assert made[question] == findings.tasks[0].quantity(question)
+    else:
+        row = f"| `{name}` | {verdict} | {' | '.join(cells)} |"
+        assert row in (RESULTS / "README.md").read_text(encoding="utf-8")
     # What decides nothing in the pilot comes out as the run had it.
     for quantity in findings.tasks[0].quantities:
         if quantity.key not in ("Q6", "Q7") and quantity.low != quantity.high:
