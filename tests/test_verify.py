@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gvjax import losses
+from gvjax.usage import ExitCode
 from gvjax.verify import checks, main, signs
 from gvjax.verify.check import Row, distance
 
@@ -160,7 +161,7 @@ def test_a_crash_is_a_failed_row(monkeypatch, capsys):
 
 
 def test_nothing_to_run_is_an_error(capsys):
-    assert main(["--only", "no such check"]) == 2
+    assert main(["--only", "no such check"]) == ExitCode.USER_ERROR
     assert "--list" in capsys.readouterr().err
 
 
@@ -206,7 +207,7 @@ def test_a_bad_loss_of_ones_own(name, write, capsys):
     ],
 )
 def test_a_wrong_path_is_explained(path, message, capsys):
-    assert main(["--loss", path]) == 2
+    assert main(["--loss", path]) == ExitCode.USER_ERROR
     assert message in capsys.readouterr().err
 
 

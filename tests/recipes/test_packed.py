@@ -18,7 +18,7 @@ from gvjax.data.ahead import Ahead
 from gvjax.data.batches import Batches
 from gvjax.data.tokenizer import ByteTokenizer
 from gvjax.models.config import ModelConfig
-from gvjax.plan.programs import stage_of
+from gvjax.plan.programs import forward_flops, stage_of
 from gvjax.recipes import dpo, loop, packed, reading, reward, rows, sft, single
 from gvjax.recipes.dataset import Dataset, Table
 from gvjax.recipes.ground import Ground
@@ -191,10 +191,10 @@ def test_a_plan_is_of_the_step_on_packed_rows(kind, ground, task, inputs):
         assert (shape.dtype, shape.ndim) == (array.dtype, array.ndim)
         # Rows of these data are a little shorter than they may be, and hold about as many pairs.
         assert len(array) == shape.shape[0] and array.shape[1] <= shape.shape[1]
-    plain = settings.model_copy(update={"packed_length": None})
-    alone = stage_of(kind, plain, ground, pairs=None, evaluated=4)
-    one = next(each for each in alone.programs if each.name == "train step")
-    assert step.work.flops == pytest.approx(one.work.flops * 128 / LONGEST)
+    # As many tokens of every layer as fit, each prompt run with its own completion; forwards and twice back.
+    sequences = settings.batch_size * (1 if kind == "sft" else 2)
+    alone = 3 * forward_flops(ground, sequences, scored=kind != "reward")
+    assert step.work.flops == pytest.approx(alone * 128 / LONGEST)
 
 
 @pytest.mark.parametrize(
