@@ -183,10 +183,14 @@ def _follow(watch: plan_lib.Watch, directory: Path, secrets: tuple[str, ...]) ->
 # ---- local processes ----
 
 
+CHANCE = random.SystemRandom()
+"""No seed of a program's own makes two of them draw alike."""
+
+
 def free_port() -> int:
     """One that nobody holds, below those (from 32768 on) that the kernel gives to connections before it is bound."""
     while True:
-        port = random.randrange(20000, 32768)
+        port = CHANCE.randrange(20000, 32768)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
             return port

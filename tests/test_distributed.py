@@ -13,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 from distributed_worker import RULES, init, step
-from ports import free_port
 
 from gvjax import __main__ as entry
 from gvjax import distributed, sharding
 from gvjax.usage import ExitCode
+from launch.runner import free_port
 
 WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
 

@@ -308,9 +308,14 @@ def _by_people(
 
 def _prompts(matches: Sequence[_Match]) -> np.ndarray:
     """i[N], the prompt of each comparison: those of one prompt share the SFT policy's completion, and what is hard about it."""
-    numbers: dict[str, int] = {}
-    texts = [text for match in matches for text, _, _ in match.texts()]
-    return np.array([numbers.setdefault(text, len(numbers)) for text in texts])
+    numbers: dict[bytes, int] = {}
+    found = []
+    for match in matches:
+        rows = match.scene.test_prompts
+        for tokens, length in zip(rows.tokens[: len(match.gold)], rows.lengths):
+            ids = tokens[:length].tobytes()
+            found.append(numbers.setdefault(ids, len(numbers)))
+    return np.array(found)
 
 
 def _split(scores: np.ndarray, matches: Sequence[_Match]) -> list[Scores]:

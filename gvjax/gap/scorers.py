@@ -58,11 +58,16 @@ class Scorer:
     score: Score
 
     def margins(self, pairs: Pairs) -> np.ndarray:
-        """f64[N]: score of chosen less that of rejected. Gold's is what the pairs say: they do not know their rows."""
-        if self.name == "gold":
-            return pairs.chosen_gold.astype(np.float64) - pairs.rejected_gold
+        """f64[N]: score of chosen less that of rejected."""
         chosen = self.score(pairs.prompts, pairs.chosen)
         return chosen - self.score(pairs.prompts, pairs.rejected)
+
+
+class _Gold(Scorer):
+    """Of pairs it says what they hold: they have forgotten their rows, by which a dataset's rewards go."""
+
+    def margins(self, pairs: Pairs) -> np.ndarray:
+        return pairs.chosen_gold.astype(np.float64) - pairs.rejected_gold
 
 
 def pooling_of(kind: config.Trainable, section: config.ScorersSection) -> Pooling:
@@ -108,7 +113,7 @@ def untrained_scorer(
     """The gold reward, or the SFT policy's own log-probability."""
     if kind == "own log-probability":
         return Scorer(kind, log_probability(ground, policy))
-    return Scorer(kind, lambda *rows: np.asarray(task.reward(*rows), np.float64))
+    return _Gold(kind, lambda *rows: np.asarray(task.reward(*rows), np.float64))
 
 
 def log_probability(ground: Ground, policy: Params) -> Score:

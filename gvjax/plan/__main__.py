@@ -42,7 +42,7 @@ def main(request: dict[str, Any]) -> int:
             raise
         say(error=str(error))
         return ExitCode.USER_ERROR
-    return 0
+    return ExitCode.DONE
 
 
 if __name__ == "__main__":

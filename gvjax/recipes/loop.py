@@ -160,7 +160,6 @@ def train(
     select_by: str = "gold",
     shown: tuple[str, ...] = ("loss",),
     learning_rate: optax.Schedule | None = None,
-    updates_per_round: int = 1,
     patience: int = 10,
     policy_of: Callable[[Params], Params] = lambda params: params,
     trained_on: Callable[[], Any] | None = None,
@@ -181,7 +180,6 @@ def train(
       shown: names of metrics for the progress bar.
       learning_rate: of each update, logged beside the metrics: that of a round's first update, by the optimizer's own
         count, which skipped updates do not move.
-      updates_per_round: optimizer updates that one round makes, counted here where the optimizer has no schedule.
       patience: rounds in a row that were skipped, because loss or gradient was not finite, after which the run stops.
       policy_of: picks, from the trained params, those that are evaluated and returned.
       trained_on: the batch of the latest update; it is kept in `nonfinite.npz` beside the run when patience ends.
@@ -306,8 +304,7 @@ def train(
                 # What earlier rounds left to be done is not this one's time.
                 jax.block_until_ready(state)
                 if learning_rate is not None:
-                    update = _scheduled(state, default=round_ * updates_per_round)
-                    rate = {"learning_rate": learning_rate(update)}
+                    rate = {"learning_rate": learning_rate(_scheduled(state))}
             begun = time.monotonic()
             state, metrics = advance(state, round_)
             timing = {}
@@ -373,15 +370,14 @@ def train(
     return Trained(policy_of(state.params), rounds, notes["curve"])
 
 
-def _scheduled(state: TrainState, default: int) -> int:
-    """Which update of its schedule the optimizer makes next."""
+def _scheduled(state: TrainState) -> int:
+    """Which update of its schedule the optimizer makes next; it has one, as `make_optimizer`'s does."""
 
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
     nodes = jax.tree.leaves(state.opt_state, is_leaf=is_schedule)
-    counts = [int(np.asarray(node.count)) for node in nodes if is_schedule(node)]
-    return counts[0] if counts else default
+    return next(int(np.asarray(node.count)) for node in nodes if is_schedule(node))
 
 
 def save_params(directory: pathlib.Path, params: Params) -> None:

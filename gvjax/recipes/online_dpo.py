@@ -77,7 +77,6 @@ def train(
         learning_rate=schedule,
         trained_on=compiled.trained_on,
         policy_of=inputs.policy_of,
-        updates_per_round=settings.epochs,
     )
 
 

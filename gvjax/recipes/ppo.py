@@ -75,7 +75,6 @@ def train(
         shown=("objective/scores", "objective/kl", "gold", "verifier/error_share"),
         learning_rate=schedule,
         trained_on=compiled.trained_on,
-        updates_per_round=settings.epochs,
         policy_of=lambda params: inputs.policy_of(params["policy"]),
     )
 

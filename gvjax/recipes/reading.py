@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -179,22 +179,17 @@ def _read(section: config.DatasetSection) -> Dataset:
         _report(section.name, "demonstrations", rows.report)
         rows = rows.map(schema.as_demonstration)
         examples = examples_of(rows, section.demonstrations, encoding)
-        heldout = set[Any]().union(
+        heldout = set[str | bytes]().union(
             *(prompts[row] for split in ("validation", "test") for row in splits[split])
         )
-        told_apart = _told_apart(rows, examples)
-        fresh = np.array([heldout.isdisjoint(prompt) for prompt in told_apart], bool)
+        fresh = _fresh(
+            *(section.name, "demonstrations", _told_apart(rows, examples)),
+            *(heldout, "a split held out"),
+        )
         if not fresh.any():
             raise ValueError(
                 f"every prompt of the demonstrations is in a split held out; give task.demonstrations other rows than"
                 f" {section.demonstrations.train}"
-            )
-        if not fresh.all():
-            logger.warning(
-                "dataset %s: %d of %d demonstrations have a prompt of a split held out and are left out",
-                section.name,
-                int((~fresh).sum()),
-                len(fresh),
             )
         demonstrated = _table(rows, examples, section).take(np.flatnonzero(fresh))
         shown.append(examples.fingerprint)
@@ -273,6 +268,23 @@ def _told_apart(rows: sources.Rows, examples: Examples) -> list[tuple[str, bytes
     ]
 
 
+def _fresh(
+    name: str,
+    what: str,
+    prompts: Sequence[tuple[str, bytes]],
+    seen: Set[str | bytes],
+    where: str,
+) -> np.ndarray:
+    """bool[n], the prompts of which nothing has been seen; that there are others is said."""
+    fresh = np.array([seen.isdisjoint(prompt) for prompt in prompts], bool)
+    if not fresh.all():
+        logger.warning(
+            "dataset %s: %d of %d %s have a prompt of %s and are left out",
+            *(name, int((~fresh).sum()), len(fresh), what, where),
+        )
+    return fresh
+
+
 def _without_leaks(
     name: str, prompts: Sequence[tuple[str, bytes]], splits: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
@@ -284,19 +296,11 @@ def _without_leaks(
     kept: dict[str, np.ndarray] = {}
     seen: set[str | bytes] = set()
     for split, rows in splits.items():
-        fresh = np.array(
-            [split == "train" or seen.isdisjoint(prompts[row]) for row in rows], bool
-        )
-        seen.update(*(prompts[row] for row in rows))
+        told_apart = [prompts[row] for row in rows]
+        before = set[str | bytes]() if split == "train" else seen
+        fresh = _fresh(name, f"{split} rows", told_apart, before, "an earlier split")
+        seen.update(*told_apart)
         kept[split] = rows[fresh]
-        if not fresh.all():
-            logger.warning(
-                "dataset %s: %d of %d %s rows have a prompt of an earlier split and are left out",
-                name,
-                int((~fresh).sum()),
-                len(rows),
-                split,
-            )
         if not fresh.any():
             raise ValueError(
                 f"no prompt of the {split} split is new: all are in the splits before it; give another split"

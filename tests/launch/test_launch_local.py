@@ -133,7 +133,7 @@ def test_every_start_shares_one_port_and_takes_a_new_one(group, tmp_path, monkey
 def test_a_port_is_free_and_none_that_connections_are_given(monkeypatch):
     with socket.create_server(("", 0)) as taken:
         draws = iter([taken.getsockname()[1], 20000, 20001, 20002])
-        monkeypatch.setattr(runner.random, "randrange", lambda *_: next(draws))
+        monkeypatch.setattr(runner.CHANCE, "randrange", lambda *_: next(draws))
         assert 20000 <= runner.free_port() <= 20002
     monkeypatch.undo()
     assert all(runner.free_port() < 32768 for _ in range(20))

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
-from ports import free_port
+
+from launch.runner import free_port
 
 ROOT = Path(__file__).parents[2]
 NODES = ("127.0.0.2", "127.0.0.3")

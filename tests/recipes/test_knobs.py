@@ -322,7 +322,7 @@ def asked(settings, monkeypatch) -> list[str]:
             return batches()[2], {}
 
     def train(run, state, advance, **options):
-        shown = ("rounds", "evaluate_every", "select", "updates_per_round")
+        shown = ("rounds", "evaluate_every", "select")
         say("trains", {name: options.get(name) for name in shown})
         advance(state, 1)
 

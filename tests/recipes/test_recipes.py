@@ -330,7 +330,6 @@ def test_the_learning_rate_of_skipped_rounds_is_told_again(tmp_path):
             advance,
             rounds=len(rounds),
             learning_rate=schedule,
-            updates_per_round=2,
         )
 
     train(tmp_path / "whole")

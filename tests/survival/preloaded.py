@@ -93,8 +93,8 @@ class Preloaded:
           env: more environment.
           started: how many of them start; all by default.
         """
-        # As a program, this file does not find what lies beside the tests.
-        from ports import free_port
+        # As a program, this file does not find what lies beside the package.
+        from launch.runner import free_port
 
         group = {
             "GVJAX_COORDINATOR": f"localhost:{free_port()}",
